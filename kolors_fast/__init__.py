@@ -1,0 +1,1 @@
+"""Fused kernels behind drop-in Kolors-class text-to-image models."""
