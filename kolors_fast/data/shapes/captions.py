@@ -202,9 +202,7 @@ def phrase(request: Request, rng: np.random.Generator, language: str) -> str:
         raise ValueError(f"language must be 'en' or 'zh', got {language!r}")
     write = _english if language == "en" else _chinese
     with_article = rng.random() < 0.7
-    slots = {
-        slot: write(thing, rng, with_article) for slot, thing in zip("abc", request.objects, strict=False)
-    }
+    slots = {slot: write(thing, rng, with_article) for slot, thing in zip("abc", request.objects, strict=False)}
     if request.place is not None:
         slots["place"] = _word(request.place, rng, language)
     text = _choose(_TEMPLATES[language][_kind(request)], rng).format(**slots)
@@ -227,15 +225,6 @@ def parse(prompt: str) -> Request | None:
             if request is not None:
                 return request
     return None
-
-
-def vocabulary() -> list[str]:
-    """Every word and template literal that captions are made of, for tokenizers."""
-    words = {word for table in _WORDS.values() for synonyms in table.values() for word in synonyms}
-    for table in _TEMPLATES.values():
-        for template in (template for group in table.values() for template in group):
-            words.update(part.strip() for part in re.split(r"\{\w+\}", template) if part.strip())
-    return sorted(words)
 
 
 def _kind(request: Request) -> str:

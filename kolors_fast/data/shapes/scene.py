@@ -26,7 +26,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (12, 12, 12),
     "grey": (168, 168, 168),
 }
-SIZES = {"small": 0.10, "large": 0.16}  # radius of the circle; the other shapes are drawn about as heavy
+SIZES = {"small": 0.105, "large": 0.165}  # radius of the circle; the other shapes are drawn about as heavy
 SIZE_JITTER = 0.05
 # row by row; a place is a cell of a 3 x 3 grid with lines at 0.38 and 0.62
 PLACES = (
@@ -46,13 +46,11 @@ EXTENT = 1.25  # no shape reaches further than this many radii from its centre
 _SQUARE = 0.886  # half side: the area of the unit circle
 POLYGONS: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((-_SQUARE, -_SQUARE), (_SQUARE, -_SQUARE), (_SQUARE, _SQUARE), (-_SQUARE, _SQUARE)),
-    "triangle": tuple(
-        (1.25 * math.sin(turn), -1.25 * math.cos(turn)) for turn in (0, math.tau / 3, 2 * math.tau / 3)
-    ),
+    "triangle": tuple((1.25 * math.sin(turn), -1.25 * math.cos(turn)) for turn in (0, math.tau / 3, 2 * math.tau / 3)),
     "star": tuple(
         (
-            (0.56, 1.25)[k % 2 == 0] * math.sin(k * math.pi / 5),
-            -(0.56, 1.25)[k % 2 == 0] * math.cos(k * math.pi / 5),
+            (0.6, 1.25)[k % 2 == 0] * math.sin(k * math.pi / 5),
+            -(0.6, 1.25)[k % 2 == 0] * math.cos(k * math.pi / 5),
         )
         for k in range(10)
     ),
@@ -148,9 +146,7 @@ def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
 
 def _lone_centre(rng: np.random.Generator) -> tuple[float, float]:
     """A point near the middle of a random cell of the place grid."""
-    x, y = (
-        rng.uniform(*((0.24, 0.31), (0.44, 0.56), (0.69, 0.76))[cell]) for cell in rng.integers(3, size=2)
-    )
+    x, y = (rng.uniform(*((0.24, 0.31), (0.44, 0.56), (0.69, 0.76))[cell]) for cell in rng.integers(3, size=2))
     return float(x), float(y)
 
 
