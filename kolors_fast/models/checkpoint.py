@@ -98,9 +98,7 @@ class PretrainedModel(nn.Module):
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             unknown = [k for k in values if k not in parameters and not k.startswith("_")]
             if unknown:
-                warnings.warn(
-                    f"{cls.__name__} has no use for the config values {_some(unknown)}", stacklevel=2
-                )
+                warnings.warn(f"{cls.__name__} has no use for the config values {_some(unknown)}", stacklevel=2)
             values = {k: v for k, v in values.items() if k in parameters}
         return cls(**{k: v for k, v in values.items() if not k.startswith("_")})
 
@@ -157,18 +155,14 @@ class PretrainedModel(nn.Module):
         if target.exists() and not target.is_dir():
             raise CheckpointError(f"cannot save into '{target}': it is a file, not a folder")
         # inside an existing folder, which may be a link or a mount, so that renaming stays on one file system
-        scratch = (
-            target if target.exists() else target.parent
-        ) / f".{target.name}.{secrets.token_hex(4)}.tmp"
+        scratch = (target if target.exists() else target.parent) / f".{target.name}.{secrets.token_hex(4)}.tmp"
         scratch.mkdir(parents=True)
         try:
             (scratch / self.config_name).write_text(
                 json.dumps(self._config_to_save(), indent=2, sort_keys=True, ensure_ascii=False) + "\n",
                 encoding="utf-8",
             )
-            names = _write_weights(
-                self.state_dict(), scratch, self.weights_name, variant, _bytes(max_shard_size)
-            )
+            names = _write_weights(self.state_dict(), scratch, self.weights_name, variant, _bytes(max_shard_size))
             _move_into_place(scratch, target, [*names, self.config_name])
             _remove_stale(target, self.weights_name, variant, keep=names)
         finally:
@@ -192,13 +186,11 @@ class PretrainedModel(nn.Module):
         names = [named] if isinstance(named, str) else list(named or [])
         if names and not {cls.__name__, cls.diffusers_name}.intersection(names):
             expected = cls.diffusers_name or cls.__name__
-            raise CheckpointError(
-                f"{path} describes a {names[0]}, but {cls.__name__} needs the config of a {expected}"
-            )
+            raise CheckpointError(f"{path} describes a {names[0]}, but {cls.__name__} needs the config of a {expected}")
 
 
 def model_folder(path_or_id: str | os.PathLike[str], subfolder: str | None, patterns: Iterable[str]) -> Path:
-    """The local folder of a model: the path, or the hub's cache after fetching the files matching `patterns`."""
+    """The local folder of a model: the path, or the cache of files fetched from the hub by `patterns`."""
     root = Path(path_or_id)
     if root.is_dir():
         folder = root / (subfolder or "")
@@ -207,9 +199,7 @@ def model_folder(path_or_id: str | os.PathLike[str], subfolder: str | None, patt
         return folder
     name = str(path_or_id)
     if not _HUB_ID.fullmatch(name):
-        raise CheckpointError(
-            f"no model folder '{name}' exists, and that is not a hub id of the form owner/name"
-        )
+        raise CheckpointError(f"no model folder '{name}' exists, and that is not a hub id of the form owner/name")
     prefix = f"{subfolder}/" if subfolder else ""
     try:
         from huggingface_hub import snapshot_download
@@ -267,9 +257,7 @@ def _find_weights(
         if single.is_file():
             return folder, [single]
     expected = _with_variant(cls.weights_name, variant)
-    raise CheckpointError(
-        f"{folder} has no weights: expected {expected}, its index.json with shards, or a .bin file"
-    )
+    raise CheckpointError(f"{folder} has no weights: expected {expected}, its index.json with shards, or a .bin file")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -303,9 +291,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_bin(file: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None
-        )
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
     except Exception as error:  # torch.load raises whatever its zip and pickle readers stumble over
         first_line = str(error).split("\n", 1)[0]
         raise CheckpointError(f"{file} is truncated or not a file of plain tensors: {first_line}") from error
@@ -327,17 +313,13 @@ def _check_state(state: dict[str, Tensor], wanted: dict[str, Tensor], name: str,
         if value.shape != wanted[key].shape
     ]
     if wrong:
-        raise CheckpointError(
-            f"the weights in {folder} do not fit the config of {name}: {_some(wrong, quote='')}"
-        )
+        raise CheckpointError(f"the weights in {folder} do not fit the config of {name}: {_some(wrong, quote='')}")
 
 
 def _check_no_meta(model: nn.Module) -> None:
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:
-        raise RuntimeError(
-            f"{type(model).__name__} must create {_some(left)} with device='cpu': no file holds it"
-        )
+        raise RuntimeError(f"{type(model).__name__} must create {_some(left)} with device='cpu': no file holds it")
 
 
 def _some(names: list[str], quote: str = "'") -> str:
