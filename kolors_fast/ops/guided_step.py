@@ -2,25 +2,372 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from . import _backends, _layout, _library
+from ._spec import Case, Inputs, OpSpec
+
+Args = tuple[Any, ...]
+
 
 def guided_step(
-    sample: Tensor, predictions: Tensor, weights: Tensor, coefficients: Tensor, *,
-    previous: Tensor | None = None, noise: Tensor | None = None, row: Tensor | None = None,
+    sample: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    coefficients: Tensor,
+    *,
+    previous: Tensor | None = None,
+    noise: Tensor | None = None,
+    row: Tensor | None = None,
     return_denoised: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Plain version; the fused one takes its place."""
-    c = coefficients.float() if row is None else coefficients.float()[row.reshape(())]
-    parts = predictions.float().chunk(weights.numel())
-    guided = sum((w * p for w, p in zip(weights.float(), parts, strict=True)), torch.zeros((), device=sample.device))
-    x = sample.float()
-    out = c[0] * x + c[1] * guided
+    """guided = sum_p weights[p] * predictions_p, then one affine step of any sampler.
+
+        next     = c0 * sample + c1 * guided + c2 * previous + c3 * noise
+        denoised = c4 * sample + c5 * guided
+
+    Classifier-free guidance is weights (1-g, g) over (negative, positive); a perturbed third prediction makes PAG.
+    All arithmetic in fp32, one rounding at the store. No gradient.
+
+    Args:
+        sample: [B, ...], float32, float16, bfloat16 (float64: reference only).
+        predictions: [P*B, ...], the model's output, P predictions stacked on the batch axis.
+        weights: float32 [P], P from 1 to 3.
+        coefficients: float32 [6], or [steps, 6] with `row`.
+        previous: like sample: what a multistep sampler kept, normally the last step's `denoised`.
+        noise: like sample.
+        row: int64 [1] on the same device: the row of `coefficients`, read by the kernel and never by the host.
+        return_denoised: also return `denoised`.
+
+    Returns:
+        next, or (next, denoised): like sample.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device that does not fit, named with expected and got.
+
+    Source: Karras et al., arXiv 2206.00364 (samplers as one affine family); Ho & Salimans, arXiv 2207.12598
+    (guidance); Lu et al., arXiv 2211.01095 (multistep).
+    """
+    args = _prepare(
+        sample, predictions, weights, coefficients,
+        previous=previous, noise=noise, row=row, return_denoised=return_denoised,
+    )  # fmt: skip
+    run = _step_op if _library.tracing(sample) else _step
+    after, denoised = run(*args)
+    return (after, denoised) if return_denoised else after
+
+
+def _prepare(
+    sample: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    coefficients: Tensor,
+    *,
+    previous: Tensor | None = None,
+    noise: Tensor | None = None,
+    row: Tensor | None = None,
+    return_denoised: bool = False,
+) -> Args:
+    """Check the public arguments and put them in the launchers' order."""
+    if sample.dim() < 1 or not sample.dtype.is_floating_point:
+        got = f"{sample.dtype} {list(sample.shape)}"
+        raise TypeError(f"guided_step: sample: expected a floating tensor [B, ...], got {got}")
+    if weights.dim() != 1 or not 1 <= weights.shape[0] <= 3:
+        raise ValueError(f"guided_step: weights: expected [P] with P from 1 to 3, got {list(weights.shape)}")
+    stacked = (weights.shape[0] * sample.shape[0], *sample.shape[1:])
+    if predictions.shape != stacked:
+        raise ValueError(f"guided_step: predictions: expected {list(stacked)}, got {list(predictions.shape)}")
+    expected = (6,) if row is None else (coefficients.shape[0], 6)
+    if coefficients.shape != expected:
+        shape = "[6]" if row is None else "[steps, 6]"
+        raise ValueError(f"guided_step: coefficients: expected {shape}, got {list(coefficients.shape)}")
+    if row is not None and row.numel() != 1:
+        raise ValueError(f"guided_step: row: expected one element, got {list(row.shape)}")
+    tensors = [("predictions", predictions, sample.dtype), ("weights", weights, torch.float32)]
+    tensors += [("coefficients", coefficients, torch.float32)]
+    if row is not None:
+        tensors.append(("row", row, torch.int64))
+    for name, value in (("previous", previous), ("noise", noise)):
+        if value is not None:
+            if value.shape != sample.shape:
+                raise ValueError(f"guided_step: {name}: expected {list(sample.shape)}, got {list(value.shape)}")
+            tensors.append((name, value, sample.dtype))
+    for name, tensor, dtype in tensors:
+        if tensor.dtype != dtype:
+            raise TypeError(f"guided_step: {name}: expected {dtype}, got {tensor.dtype}")
+        if tensor.device != sample.device:
+            raise ValueError(f"guided_step: {name}: expected a tensor on {sample.device}, got {tensor.device}")
+    if _library.wants_grad((sample, predictions, previous, noise)):
+        raise ValueError("guided_step: expected inputs without gradient, got requires_grad=True (no backward)")
+    return sample, predictions, weights, coefficients, row, previous, noise, return_denoised
+
+
+# ---- reference column
+
+
+def reference(
+    sample: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    coefficients: Tensor,
+    *,
+    previous: Tensor | None = None,
+    noise: Tensor | None = None,
+    row: Tensor | None = None,
+    return_denoised: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition, in plain PyTorch: fp32 inside, float64 for float64."""
+    wide = torch.promote_types(sample.dtype, torch.float32)
+    c = (coefficients if row is None else coefficients.index_select(0, row.reshape(1))[0]).to(wide)
+    x = sample.to(wide)
+    guided = torch.zeros_like(x)
+    for weight, prediction in zip(weights.to(wide), predictions.to(wide).chunk(len(weights)), strict=True):
+        guided = guided + weight * prediction
+    after = c[0] * x + c[1] * guided
     if previous is not None:
-        out = out + c[2] * previous.float()
+        after = after + c[2] * previous.to(wide)
     if noise is not None:
-        out = out + c[3] * noise.float()
-    if not return_denoised:
-        return out.to(sample.dtype)
-    return out.to(sample.dtype), (c[4] * x + c[5] * guided).to(sample.dtype)
+        after = after + c[3] * noise.to(wide)
+    after = after.to(sample.dtype)
+    return (after, (c[4] * x + c[5] * guided).to(sample.dtype)) if return_denoised else after
+
+
+def _reference_step(
+    sample: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    coefficients: Tensor,
+    row: Tensor | None,
+    previous: Tensor | None,
+    noise: Tensor | None,
+    return_denoised: bool,
+) -> tuple[Tensor, Tensor | None]:
+    outputs = reference(
+        sample, predictions, weights, coefficients,
+        previous=previous, noise=noise, row=row, return_denoised=return_denoised,
+    )  # fmt: skip
+    return outputs if isinstance(outputs, tuple) else (outputs, None)
+
+
+def _eager(
+    sample: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    coefficients: Tensor,
+    *,
+    previous: Tensor | None = None,
+    noise: Tensor | None = None,
+    row: Tensor | None = None,
+    return_denoised: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Guidance and step as a pipeline writes them, in the input dtype."""
+    c = (coefficients if row is None else coefficients[row[0]]).to(sample.dtype)
+    guided = sum(w * p for w, p in zip(weights.to(sample.dtype), predictions.chunk(len(weights)), strict=True))
+    after = c[0] * sample + c[1] * guided
+    after = after if previous is None else after + c[2] * previous
+    after = after if noise is None else after + c[3] * noise
+    return (after, c[4] * sample + c[5] * guided) if return_denoised else after
+
+
+# ---- extension columns (C++ and CUDA C++ export the same function)
+
+
+def _extension_step(
+    name: str,
+    sample: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    coefficients: Tensor,
+    row: Tensor | None,
+    previous: Tensor | None,
+    noise: Tensor | None,
+    return_denoised: bool,
+) -> tuple[Tensor, Tensor | None]:
+    module: Any = _backends.extension(name)
+    after = torch.empty_like(sample)
+    denoised = torch.empty_like(sample) if return_denoised else None
+    p = _library.pointer
+    module.guided_step(
+        p(sample), p(predictions), p(weights), p(coefficients), p(row), p(previous), p(noise), p(after),
+        p(denoised), sample.numel(), weights.shape[0], _library.DTYPE_CODE[sample.dtype], _library.stream(sample),
+    )  # fmt: skip
+    return after, denoised
+
+
+# ---- Triton column
+
+
+def _triton_step(*args: Any) -> tuple[Tensor, Tensor | None]:
+    from kolors_fast.kernels import guided_step as kernel  # triton is imported at first use
+
+    outputs: tuple[Tensor, Tensor | None] = kernel.step(*args)
+    return outputs
+
+
+COLUMNS = {
+    "reference": _backends.Column(_reference_step),
+    "cpu": _backends.Column(lambda *args: _extension_step("cpu", *args)),
+    "triton": _backends.Column(_triton_step),
+    "cuda": _backends.Column(lambda *args: _extension_step("cuda", *args)),
+}
+
+
+# ---- from a call to a launcher: the direct route and the registered op share this
+
+
+def _step(
+    sample: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    coefficients: Tensor,
+    row: Tensor | None,
+    previous: Tensor | None,
+    noise: Tensor | None,
+    return_denoised: bool,
+) -> tuple[Tensor, Tensor]:
+    last = _layout.is_channels_last(sample)
+    # the kernels see flat arrays, so every tensor takes the sample's layout
+    sample, predictions = _layout.as_layout(sample, last), _layout.as_layout(predictions, last)
+    previous = None if previous is None else _layout.as_layout(previous, last)
+    noise = None if noise is None else _layout.as_layout(noise, last)
+    args = (
+        sample, predictions, weights.contiguous(), coefficients.contiguous(), row, previous, noise, return_denoised,
+    )  # fmt: skip
+    column = COLUMNS[_backends.choose("guided_step", COLUMNS, args)]
+    if sample.numel() == 0:
+        return _step_fake(*args)
+    after, denoised = column.forward(*args)
+    # a schema has no optional results, so "not wanted" travels as an empty tensor
+    return after, sample.new_empty(0) if denoised is None else denoised
+
+
+def _step_fake(
+    sample: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    coefficients: Tensor,
+    row: Tensor | None,
+    previous: Tensor | None,
+    noise: Tensor | None,
+    return_denoised: bool,
+) -> tuple[Tensor, Tensor]:
+    last = _layout.is_channels_last(sample)
+    after = _layout.empty(sample.shape, last, sample)
+    return after, _layout.empty(sample.shape, last, sample) if return_denoised else sample.new_empty(0)
+
+
+_step_op = _library.define(
+    "guided_step(Tensor sample, Tensor predictions, Tensor weights, Tensor coefficients, Tensor? row, "
+    "Tensor? previous, Tensor? noise, bool return_denoised) -> (Tensor, Tensor)",
+    _step,
+    _step_fake,
+)
+
+
+# ---- what tests, benchmarks and explain() are made from
+
+
+def _inputs(
+    generator: torch.Generator,
+    shape: tuple[int, ...],
+    predictions: int,
+    *,
+    previous: bool = False,
+    noise: bool = False,
+    row: int | None = None,
+    denoised: bool = False,
+    channels_last: bool = False,
+    scale: float = 1.0,
+) -> Inputs:
+    def normal(*size: int) -> Tensor:
+        h = torch.randn(size, generator=generator, dtype=torch.float64) * scale
+        return _layout.as_layout(h, channels_last)
+
+    steps = () if row is None else (5,)
+    weights = {1: [1.0], 2: [-4.0, 5.0], 3: [-4.0, 8.0, -3.0]}[predictions]
+    return {
+        "sample": normal(*shape),
+        "predictions": normal(predictions * shape[0], *shape[1:]),
+        "weights": torch.tensor(weights, dtype=torch.float32),
+        "coefficients": torch.randn((*steps, 6), generator=generator, dtype=torch.float32),
+        "previous": normal(*shape) if previous else None,
+        "noise": normal(*shape) if noise else None,
+        "row": None if row is None else torch.tensor([row]),
+        "return_denoised": denoised,
+    }
+
+
+def _offset_view(generator: torch.Generator) -> Inputs:
+    inputs = _inputs(generator, (2, 4, 5, 6), 2, previous=True)
+    storage = torch.zeros(inputs["sample"].numel() + 1, dtype=torch.float64)
+    view = storage[1:].view(inputs["sample"].shape)
+    view.copy_(inputs["sample"])
+    return {**inputs, "sample": view}
+
+
+def _strided(generator: torch.Generator) -> Inputs:
+    inputs = _inputs(generator, (2, 4, 6, 5), 2)
+    return {**inputs, "sample": torch.cat([inputs["sample"]] * 2, dim=3)[..., ::2]}
+
+
+def _holds_nan(generator: torch.Generator) -> Inputs:
+    inputs = _inputs(generator, (1, 4, 4, 4), 2)
+    inputs["predictions"][1, 2, 3, 0] = float("nan")
+    return inputs
+
+
+def _case(name: str, *args: Any, model: bool = False, **options: Any) -> Case:
+    return Case(name, lambda generator: _inputs(generator, *args, **options), model=model)
+
+
+CASES = (
+    _case("plain", (2, 4, 8, 8), 1),
+    _case("guided", (2, 4, 8, 8), 2),
+    _case("perturbed", (2, 4, 8, 8), 3, denoised=True),
+    _case("multistep", (2, 4, 8, 8), 2, previous=True, denoised=True),
+    _case("noisy", (1, 4, 8, 8), 2, noise=True),
+    _case("all_from_row", (2, 4, 7, 5), 2, previous=True, noise=True, row=3, denoised=True),
+    _case("last_row", (1, 4, 3, 3), 1, row=4),
+    _case("channels_last", (2, 4, 8, 6), 2, noise=True, channels_last=True, denoised=True),
+    _case("one_element", (1,), 2, previous=True),
+    _case("prime", (1, 7919), 2, noise=True),
+    _case("batch_0", (0, 4, 8, 8), 2),
+    _case("huge", (1, 4, 8, 8), 2, scale=1e3),
+    _case("tiny", (1, 4, 8, 8), 2, scale=1e-3),
+    Case("offset_view", _offset_view),
+    Case("strided", _strided),
+    Case("holds_nan", _holds_nan),
+    _case("kolors_1024", (1, 4, 128, 128), 2, model=True),
+    _case("kolors_1024_multistep", (1, 4, 128, 128), 2, previous=True, denoised=True, model=True),
+    _case("kolors_1024_batch_8", (8, 4, 128, 128), 2, model=True),
+)
+
+
+def _bytes_moved(inputs: Inputs) -> int:
+    """Each tensor read or written once."""
+    optional = sum(inputs.get(name) is not None for name in ("previous", "noise"))
+    tensors = 2 + len(inputs["weights"]) + optional + bool(inputs.get("return_denoised"))
+    sample: Tensor = inputs["sample"]
+    return tensors * sample.numel() * sample.element_size()
+
+
+def _flops(inputs: Inputs) -> int:
+    optional = sum(inputs.get(name) is not None for name in ("previous", "noise"))
+    terms = 2 + len(inputs["weights"]) + optional + 2 * bool(inputs.get("return_denoised"))
+    return 2 * terms * int(inputs["sample"].numel())
+
+
+SPEC = OpSpec(
+    name="guided_step",
+    function=guided_step,
+    reference=reference,
+    eager=_eager,
+    prepare=_prepare,
+    columns=COLUMNS,
+    cases=CASES,
+    bytes_moved=_bytes_moved,
+    flops=_flops,
+)

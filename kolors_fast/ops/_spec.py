@@ -1,0 +1,76 @@
+"""What an op says about itself, once: tests, benchmarks, `explain` and the docs table are made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._backends import Column
+
+Inputs = dict[str, Any]  # keyword arguments of the public function
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named set of inputs. `make(generator)` builds them in float64 on the CPU; the user casts and moves."""
+
+    name: str
+    make: Callable[[torch.Generator], Inputs]
+    model: bool = False  # a real shape of a model: for benchmarks and GPUs, too big for the interpreter
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Error against float64, as a multiple of what eager PyTorch errs in the same dtype.
+
+    rms and max are multiples of eager's root-mean-square and largest error; the floor, in units of the dtype's
+    epsilon times the root-mean-square of the truth, covers the cases where eager happens to be exact.
+    """
+
+    rms: float = 1.5
+    max: float = 3.0
+    floor: float = 0.5
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One row of the library.
+
+    Attributes:
+        function: the public function.
+        reference: plain PyTorch, fp32 inside (float64 for float64): the definition.
+        eager: what a PyTorch user writes today, in the input dtype: the rival in errors and in time.
+        prepare: public arguments -> canonical positional arguments of the launchers, checked.
+        columns: the launchers of each backend, in no order (design: `_backends._ORDER`).
+        gradients: names of the arguments that a gradient is defined for.
+        bytes_moved, flops: of one forward call with these inputs, each tensor counted once.
+        determinism: what is bitwise repeatable.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    eager: Callable[..., Any]
+    prepare: Callable[..., tuple[Any, ...]]
+    columns: Mapping[str, Column]
+    cases: tuple[Case, ...]
+    bytes_moved: Callable[[Inputs], int]
+    flops: Callable[[Inputs], int]
+    gradients: tuple[str, ...] = ()
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    determinism: str = "bitwise on every backend"
+
+
+def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
+    """The inputs of a case in `dtype` on `device`, layouts kept; control tensors (spec: float32, int64) stay."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype if value.dtype == torch.float64 else value.dtype)
+
+    return {name: one(value) for name, value in inputs.items()}
