@@ -1,0 +1,289 @@
+"""The KL autoencoder of Stable Diffusion, SDXL and Kolors: images [B,3,8h,8w] <-> latents [B,4,h,w].
+
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022. Config keys, state-dict
+keys and call signatures follow diffusers' AutoencoderKL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import PretrainedModel
+from .layers import Attention, Downsample, GroupNorm, ResnetBlock, Upsample, to_map, to_tokens, use_channels_last
+
+NORM_EPS = 1e-6
+# attention layers as files written before 2023 name them
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+class DiagonalGaussianDistribution:
+    """Normal distribution with independent components, from moments [B, 2C, h, w] = [mean | log variance]."""
+
+    def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
+        self.parameters = parameters
+        self.deterministic = deterministic
+        self.mean, logvar = parameters.chunk(2, dim=1)  # [B, C, h, w] each
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(0.5 * self.logvar)
+        self.var = torch.zeros_like(self.mean) if deterministic else torch.exp(self.logvar)
+
+    def sample(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+        """mean + std * noise; the noise is drawn on the generator's device, one generator for all or per item."""
+        shape, dtype, device = self.mean.shape, self.parameters.dtype, self.parameters.device
+        if isinstance(generator, Sequence):
+            if len(generator) != shape[0]:
+                raise ValueError(f"generator: expected one per item, {shape[0]}, got {len(generator)}")
+            draws = [torch.randn(shape[1:], generator=g, device=g.device, dtype=dtype) for g in generator]
+            noise = torch.stack([draw.to(device) for draw in draws])
+        else:
+            source = generator.device if generator is not None else device
+            noise = torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+        return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
+        """KL divergence in nats to `other` (default: the standard normal), summed per item: [B]."""
+        if self.deterministic:
+            return torch.zeros(1)
+        if other is None:
+            terms = self.mean**2 + self.var - 1.0 - self.logvar
+        else:
+            gap = (self.mean - other.mean) ** 2
+            terms = (gap + self.var) / other.var - 1.0 - self.logvar + other.logvar
+        return 0.5 * terms.sum(dim=[1, 2, 3])
+
+
+def _resnet(in_channels: int, out_channels: int, num_groups: int) -> ResnetBlock:
+    return ResnetBlock(in_channels, out_channels, time_dim=None, num_groups=num_groups, eps=NORM_EPS)
+
+
+class AutoencoderKLOutput(NamedTuple):
+    latent_dist: DiagonalGaussianDistribution
+
+
+class DecoderOutput(NamedTuple):
+    sample: Tensor  # [B, 3, H, W]
+
+
+class MidAttention(Attention):
+    """x + attention(norm(x)) over all positions, with one head as wide as the map."""
+
+    group_norm: GroupNorm
+
+    def __init__(self, channels: int, num_groups: int) -> None:
+        norm = GroupNorm(num_groups, channels, NORM_EPS)
+        super().__init__(channels, heads=1, head_dim=channels, qkv_bias=True, group_norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        h = self.group_norm(x, activation=None)
+        return x + to_map(super().forward(to_tokens(h)), *x.shape[-2:])
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int, num_groups: int, *, add_attention: bool) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([MidAttention(channels, num_groups)] if add_attention else [])
+        self.resnets = nn.ModuleList(_resnet(channels, channels, num_groups) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class DownBlock(nn.Module):
+    def __init__(
+        self, in_channels: int, out_channels: int, num_layers: int, num_groups: int, *, downsample: bool
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *[out_channels] * num_layers]
+        self.resnets = nn.ModuleList(_resnet(a, b, num_groups) for a, b in pairwise(widths))
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, padding=0)] if downsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    def __init__(
+        self, in_channels: int, out_channels: int, num_layers: int, num_groups: int, *, upsample: bool
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *[out_channels] * num_layers]
+        self.resnets = nn.ModuleList(_resnet(a, b, num_groups) for a, b in pairwise(widths))
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """[B, in_channels, H, W] -> [B, out_channels, H / 2^(levels-1), W / 2^(levels-1)]."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        widths: Sequence[int],
+        num_layers: int,
+        num_groups: int,
+        *,
+        mid_attention: bool,
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        levels = list(pairwise([widths[0], *widths]))
+        self.down_blocks = nn.ModuleList(
+            DownBlock(a, b, num_layers, num_groups, downsample=i < len(levels) - 1) for i, (a, b) in enumerate(levels)
+        )
+        self.mid_block = MidBlock(widths[-1], num_groups, add_attention=mid_attention)
+        self.conv_norm_out = GroupNorm(num_groups, widths[-1], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+
+
+class Decoder(nn.Module):
+    """[B, in_channels, h, w] -> [B, out_channels, h * 2^(levels-1), w * 2^(levels-1)]."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        widths: Sequence[int],
+        num_layers: int,
+        num_groups: int,
+        *,
+        mid_attention: bool,
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
+        levels = list(pairwise([widths[-1], *reversed(widths)]))
+        self.up_blocks = nn.ModuleList(
+            UpBlock(a, b, num_layers, num_groups, upsample=i < len(levels) - 1) for i, (a, b) in enumerate(levels)
+        )
+        self.mid_block = MidBlock(widths[-1], num_groups, add_attention=mid_attention)
+        self.conv_norm_out = GroupNorm(num_groups, widths[0], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(x))
+
+
+class AutoencoderKL(PretrainedModel):
+    """Encoder to a Gaussian over latents, and decoder back to images.
+
+    Images are in [-1, 1]. The diffusion model works on `latent * config.scaling_factor`; this class never scales.
+    Any number of levels: the side shrinks by 2^(len(block_out_channels) - 1).
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
+        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
+        block_out_channels: Sequence[int] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+    ) -> None:
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self.register_config(**config)
+        levels = len(block_out_channels)
+        for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if list(self.config[key]) != [kind] * levels:
+                raise ValueError(f"{key}: expected {levels} times {kind!r}, got {list(self.config[key])}")
+        if act_fn not in ("silu", "swish"):
+            raise ValueError(f"act_fn: expected 'silu', got {act_fn!r}")
+
+        self.encoder = Encoder(
+            in_channels,
+            2 * latent_channels,
+            block_out_channels,
+            layers_per_block,
+            norm_num_groups,
+            mid_attention=mid_block_add_attention,
+        )
+        self.decoder = Decoder(
+            latent_channels,
+            out_channels,
+            block_out_channels,
+            layers_per_block + 1,
+            norm_num_groups,
+            mid_attention=mid_block_add_attention,
+        )
+        moments = 2 * latent_channels
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        use_channels_last(self)
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """x [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, latent_channels, h, w]."""
+        moments = self.encoder(x)  # [B, 2 * latent_channels, h, w]
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        posterior = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
+
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """z [B, latent_channels, h, w], unscaled -> images [B, out_channels, H, W], about in [-1, 1].
+
+        `generator` is accepted for callers that pass one to every autoencoder; decoding is deterministic.
+        """
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        image = self.decoder(z)
+        return DecoderOutput(image) if return_dict else (image,)
+
+    def forward(
+        self,
+        sample: Tensor,  # [B, in_channels, H, W]
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode, take the mode (or a sample) of the posterior, decode."""
+        posterior = self.encode(sample)[0]
+        z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
+
+    def _convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        def renamed(key: str) -> str:
+            for old, new in OLD_NAMES.items():
+                key = key.replace(old, new)
+            return key
+
+        return {renamed(key): value for key, value in state.items()}
