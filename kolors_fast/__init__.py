@@ -1,1 +1,49 @@
-"""Fused kernels behind drop-in Kolors-class text-to-image models."""
+"""Fused kernels behind drop-in Kolors-class text-to-image models.
+
+    from kolors_fast import KolorsPipeline
+    picture = KolorsPipeline.from_pretrained("kolors-tiny")("红色圆形在蓝色方块左边").images[0]
+
+Names are imported at first use, so that `import kolors_fast` stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .models.autoencoder_kl import AutoencoderKL
+    from .models.chatglm import ChatGLM
+    from .models.chatglm_tokenizer import ChatGLMTokenizer
+    from .models.unet import KolorsUNet
+    from .ops import explain, use_backend
+    from .pipelines.kolors import KolorsPipeline
+
+_HOME = {
+    "AutoencoderKL": "models.autoencoder_kl",
+    "ChatGLM": "models.chatglm",
+    "ChatGLMTokenizer": "models.chatglm_tokenizer",
+    "KolorsPipeline": "pipelines.kolors",
+    "KolorsUNet": "models.unet",
+    "explain": "ops",
+    "use_backend": "ops",
+}
+
+__version__ = "0.1.0"
+__all__ = [  # noqa: RUF022  (models first)
+    "KolorsUNet",
+    "AutoencoderKL",
+    "ChatGLM",
+    "ChatGLMTokenizer",
+    "KolorsPipeline",
+    "explain",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

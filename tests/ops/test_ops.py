@@ -1,0 +1,238 @@
+"""Every op x backend x dtype x case against float64, generated from the specs: a new op gets these by existing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kolors_fast import ops
+from kolors_fast.ops import SPECS, OpSpec, _backends, use_backend
+from kolors_fast.ops._spec import Case, Inputs, cast
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FUSED = ("cpu", "triton", "cuda")
+
+
+def _backends_here() -> list[Any]:
+    """Backends that exist on this machine; the others as skips that carry the reason."""
+    marked: list[Any] = ["reference"]
+    for name in FUSED:
+        reason = _backends.unavailable(name)
+        marked.append(pytest.param(name, marks=pytest.mark.skip(reason=reason)) if reason else name)
+    return marked
+
+
+def _small() -> list[Any]:
+    return [
+        pytest.param(spec, case, id=f"{spec.name}-{case.name}")
+        for spec in SPECS.values()
+        for case in spec.cases
+        if not case.model
+    ]
+
+
+def _device(backend: str) -> str:
+    return "cpu" if backend in ("cpu", "reference") else DEVICE
+
+
+def _build(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    return cast(case.make(torch.Generator().manual_seed(0)), dtype, device)
+
+
+def _double(inputs: Inputs) -> Inputs:
+    return {
+        k: v.detach().cpu().double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+
+
+def _flat(outputs: Any) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, tuple) else [outputs]
+
+
+def _with_grad(inputs: Inputs, names: tuple[str, ...]) -> tuple[Inputs, list[Tensor]]:
+    """Leaves that keep their layout and storage offset."""
+    leaves = {n: inputs[n].detach().requires_grad_() for n in names if isinstance(inputs.get(n), Tensor)}
+    return {**inputs, **leaves}, list(leaves.values())
+
+
+def assert_close_to_truth(spec: OpSpec, what: str, ours: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """Our error against float64 is at most the spec's multiple of eager's, NaN where the truth is NaN."""
+    assert ours.shape == truth.shape
+    ours, eager_error, epsilon = ours.cpu(), eager.cpu().double() - truth, torch.finfo(ours.dtype).eps
+    finite = truth.isfinite()
+    assert torch.equal(ours.isfinite(), finite), f"{what}: not finite in other places than the truth"
+    if not finite.any():
+        return
+    error, eager_error, truth = (ours.double() - truth)[finite], eager_error[finite].nan_to_num(0, 0, 0), truth[finite]
+    tolerance = spec.tolerance
+    rms_bound = tolerance.rms * _rms(eager_error) + tolerance.floor * epsilon * _rms(truth)
+    assert _rms(error) <= rms_bound, f"{what}: rms error {_rms(error):.3g}, allowed {rms_bound:.3g}"
+    worst, largest = error.abs().max().item(), truth.abs().max().item()
+    max_bound = tolerance.max * eager_error.abs().max().item() + 2 * tolerance.floor * epsilon * largest
+    assert worst <= max_bound, f"{what}: largest error {worst:.3g}, allowed {max_bound:.3g}"
+
+
+def _rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", _backends_here())
+@pytest.mark.parametrize(("spec", "case"), _small())
+def test_forward_against_float64(spec: OpSpec, case: Case, backend: str, dtype: torch.dtype) -> None:
+    inputs = _build(case, dtype, _device(backend))
+    with use_backend(backend):
+        ours = _flat(spec.function(**inputs))
+    truth, eager = _flat(spec.reference(**_double(inputs))), _flat(spec.eager(**inputs))
+    for i, (o, e, t) in enumerate(zip(ours, eager, truth, strict=True)):
+        assert o.dtype == dtype
+        assert_close_to_truth(spec, f"output {i}", o, e, t)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", _backends_here())
+@pytest.mark.parametrize(("spec", "case"), [p for p in _small() if p.values[0].gradients])
+def test_backward_against_float64(spec: OpSpec, case: Case, backend: str, dtype: torch.dtype) -> None:
+    inputs = _build(case, dtype, _device(backend))
+
+    def gradients(run: Any, given: Inputs) -> tuple[list[Tensor], list[str]]:
+        given, leaves = _with_grad(given, spec.gradients)
+        y = run(**given)
+        seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        seed = seed.to(dtype)  # the same rounded gradient for all three
+        names = [n for n in spec.gradients if isinstance(given.get(n), Tensor)]
+        return list(torch.autograd.grad(y, leaves, seed.to(y.device, y.dtype))), names
+
+    with use_backend(backend):
+        ours, names = gradients(spec.function, inputs)
+    truth, _ = gradients(spec.reference, _double(inputs))
+    eager, _ = gradients(spec.eager, inputs)
+    for name, o, e, t in zip(names, ours, eager, truth, strict=True):
+        assert o.dtype == inputs[name].dtype
+        assert_close_to_truth(spec, f"gradient of {name}", o, e, t)
+
+
+@pytest.mark.parametrize("backend", _backends_here())
+@pytest.mark.parametrize(("spec", "case"), _small())
+def test_output_layout_follows_the_input(spec: OpSpec, case: Case, backend: str) -> None:
+    inputs = _build(case, torch.float32, _device(backend))
+    first = next(v for v in inputs.values() if isinstance(v, Tensor))
+    with use_backend(backend):
+        for y in _flat(spec.function(**inputs)):
+            if first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last):
+                assert y.is_contiguous(memory_format=torch.channels_last) or first.is_contiguous()
+            else:
+                assert y.is_contiguous() or first.dim() == 3
+
+
+@pytest.fixture
+def poisoned() -> Any:
+    """Every uninitialised allocation holds NaN, so that an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(4).isnan().all() and torch.empty(2).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", _backends_here())
+@pytest.mark.parametrize(("spec", "case"), [p for p in _small() if "holds" not in p.values[1].name])
+def test_every_element_is_written(spec: OpSpec, case: Case, backend: str, poisoned: None) -> None:
+    inputs, leaves = _with_grad(_build(case, torch.float32, _device(backend)), spec.gradients)
+    with use_backend(backend):
+        outputs = _flat(spec.function(**inputs))
+        grads = torch.autograd.grad(outputs[0].sum(), leaves) if leaves else ()
+    for tensor in (*outputs, *grads):
+        assert not tensor.isnan().any()
+
+
+@pytest.mark.parametrize("backend", _backends_here())
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_views_at_every_offset(spec: OpSpec, backend: str) -> None:
+    """A misaligned wide load reads wrong or faults; a write past the end changes the sentinels around the view."""
+    case = next(c for c in spec.cases if c.name == "offset_view")
+    expected = None
+    for offset in range(9):
+        inputs = _build(case, torch.float32, _device(backend))
+        storages = {}
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+                storages[name] = torch.full((value.numel() + 16,), 7.25, device=value.device)
+                view = storages[name].as_strided(value.shape, _dense_strides(value), offset)
+                inputs[name] = view.copy_(value)
+        with use_backend(backend):
+            y = _flat(spec.function(**inputs))[0]
+        for name, storage in storages.items():
+            used = inputs[name].numel()
+            assert (storage[:offset] == 7.25).all() and (storage[offset + used :] == 7.25).all(), name
+        expected = y.clone() if expected is None else expected
+        torch.testing.assert_close(y, expected, rtol=2e-6, atol=2e-6)
+
+
+def _dense_strides(value: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(value, memory_format=torch.preserve_format).stride()
+
+
+@pytest.mark.parametrize("backend", _backends_here())
+@pytest.mark.parametrize(("spec", "case"), [p for p in _small() if p.values[1].name in ("seam", "all_from_row")])
+def test_two_runs_give_the_same_bits(spec: OpSpec, case: Case, backend: str) -> None:
+    inputs, leaves = _with_grad(_build(case, torch.float32, _device(backend)), spec.gradients)
+    runs = []
+    with use_backend(backend):
+        for _ in range(2):
+            outputs = _flat(spec.function(**inputs))
+            grads = torch.autograd.grad(outputs[0].sum(), leaves) if leaves else ()
+            runs.append([*outputs, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", _backends_here())
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_registered_op_passes_opcheck_and_equals_the_direct_route(spec: OpSpec, backend: str) -> None:
+    overload = getattr(torch.ops.kolors_fast, spec.name).default
+    for case in [c for c in spec.cases if not c.model and c.name in ("channels_last", "skip", "multistep", "seam")]:
+        inputs, _ = _with_grad(_build(case, torch.float32, _device(backend)), spec.gradients)
+        args = spec.prepare(**inputs)
+        with use_backend(backend):
+            if backend in ("reference", "cpu"):  # opcheck runs the op a dozen times: too slow interpreted
+                torch.library.opcheck(overload, args)
+            direct = _flat(spec.function(**inputs))
+            registered = [y for y in overload(*args) if y.numel()][: len(direct)]
+        assert all(torch.equal(a, b) for a, b in zip(direct, registered, strict=True))
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_compiles_into_one_graph(spec: OpSpec) -> None:
+    case = next(c for c in spec.cases if c.name == "channels_last")
+    inputs, leaves = _with_grad(_build(case, torch.float32), spec.gradients)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    compiled = torch.compile(spec.function, fullgraph=True, backend=backend)
+    for a, b in zip(_flat(compiled(**inputs)), _flat(spec.function(**inputs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert len(graphs) == 1 and f"kolors_fast.{spec.name}" in graphs[0]
+    if leaves:
+        compiled = torch.compile(spec.function, fullgraph=True, backend="aot_eager")
+        ours = torch.autograd.grad(compiled(**inputs).square().sum(), leaves)
+        plain = torch.autograd.grad(spec.function(**inputs).square().sum(), leaves)
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_every_column_exists_and_costs_are_counted(spec: OpSpec) -> None:
+    assert set(spec.columns) == set(_backends.BACKENDS)
+    for case in spec.cases:
+        if not case.model:
+            inputs = _build(case, torch.float32)
+            assert spec.bytes_moved(inputs) >= 0 and spec.flops(inputs) >= 0
+    assert ops.__dict__[spec.name] is spec.function
