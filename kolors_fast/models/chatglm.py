@@ -203,6 +203,7 @@ class ChatGLM(PretrainedModel):
     weights_name = "model.safetensors"
     bin_weights_name = "pytorch_model.bin"
     diffusers_name = "ChatGLMModel"
+    _other_names = ("ChatGLMForConditionalGeneration",)
     _unused_keys = ("output_layer",)
 
     def __init__(
@@ -227,6 +228,8 @@ class ChatGLM(PretrainedModel):
         for name, supported in _FIXED_OPTIONS.items():
             if others.get(name, supported) != supported:
                 raise ValueError(f"ChatGLM supports only {name}={supported}, got {others[name]}")
+        if kv_channels % 4:
+            raise ValueError(f"kv_channels must be a multiple of 4 (half is rotated in pairs), got {kv_channels}")
         if multi_query_attention and num_attention_heads % multi_query_group_num:
             raise ValueError(
                 f"num_attention_heads must be a multiple of multi_query_group_num={multi_query_group_num}, "
@@ -369,7 +372,13 @@ class ChatGLM(PretrainedModel):
 
     def _config_to_save(self) -> dict[str, Any]:
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"model_type": "chatglm", **self.config, "architectures": [self.diffusers_name], "torch_dtype": dtype}
+        return {
+            "model_type": "chatglm",
+            "original_rope": True,
+            **self.config,
+            "architectures": [self.diffusers_name],
+            "torch_dtype": dtype,
+        }
 
 
 def _pad_pattern(input_ids: Tensor, attention_mask: Tensor | None) -> AttentionPattern:

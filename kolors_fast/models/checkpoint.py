@@ -62,6 +62,8 @@ class PretrainedModel(nn.Module):
     bin_weights_name: ClassVar[str] = "diffusion_pytorch_model.bin"
     # the name of this class in diffusers' config files; None: our own class name
     diffusers_name: ClassVar[str | None] = None
+    # further names under which released config files know this model
+    _other_names: ClassVar[tuple[str, ...]] = ()
     # state-dict entries (or whole modules) of released files that this model has no use for
     _unused_keys: ClassVar[tuple[str, ...]] = ()
 
@@ -184,7 +186,7 @@ class PretrainedModel(nn.Module):
     def _check_class(cls, config: Mapping[str, Any], path: Path) -> None:
         named = config.get("_class_name") or config.get("architectures")
         names = [named] if isinstance(named, str) else list(named or [])
-        if names and not {cls.__name__, cls.diffusers_name}.intersection(names):
+        if names and not {cls.__name__, cls.diffusers_name, *cls._other_names}.intersection(names):
             expected = cls.diffusers_name or cls.__name__
             raise CheckpointError(f"{path} describes a {names[0]}, but {cls.__name__} needs the config of a {expected}")
 
