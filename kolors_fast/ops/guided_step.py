@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,34 @@ from . import _backends, _layout, _library
 from ._spec import Case, Inputs, OpSpec
 
 Args = tuple[Any, ...]
+
+
+@overload
+def guided_step(
+    sample: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    coefficients: Tensor,
+    *,
+    previous: Tensor | None = None,
+    noise: Tensor | None = None,
+    row: Tensor | None = None,
+    return_denoised: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def guided_step(
+    sample: Tensor,
+    predictions: Tensor,
+    weights: Tensor,
+    coefficients: Tensor,
+    *,
+    previous: Tensor | None = None,
+    noise: Tensor | None = None,
+    row: Tensor | None = None,
+    return_denoised: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def guided_step(

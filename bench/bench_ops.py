@@ -1,0 +1,139 @@
+"""Every op on its models' real shapes: eager PyTorch, torch.compile, and each backend at hand, side by side.
+
+    pytest bench/bench_ops.py --benchmark-only
+
+A provider is compared with the reference before it is timed; a wrong one is never timed. Inputs rotate through
+copies larger than the last-level cache, so that nobody times a cache. `GB/s` counts each tensor once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kolors_fast.ops import SPECS, OpSpec, _backends, use_backend
+from kolors_fast.ops._spec import Case, Inputs, cast
+
+COLD_BYTES = 256 * 2**20
+PROVIDERS = ("eager", "compile", *(name for name in _backends.BACKENDS if name != "reference"))
+# on a CPU the whole suite has five minutes: one shape of each kind
+ON_CPU = (
+    "kolors_2x320x128x128",
+    "kolors_2x640+320x64x64",
+    "kolors_2x1280x32x32",
+    "kolors_2x1280x32x32_no_silu",
+    "kolors_1024_multistep",
+    "kolors_1024_batch_8",
+)
+
+
+def _cases() -> list[Any]:
+    everywhere = torch.cuda.is_available()
+    return [
+        pytest.param(spec, case, id=f"{spec.name}-{case.name}")
+        for spec in SPECS.values()
+        for case in spec.cases
+        if case.model and (everywhere or case.name in ON_CPU)
+    ]
+
+
+def _provider(spec: OpSpec, name: str, device: str) -> tuple[Callable[..., Any], str | None]:
+    """What is called, and the backend that is forced meanwhile."""
+    if name == "eager":
+        return spec.eager, None
+    if name == "compile":
+        torch.compiler.reset()
+        return torch.compile(spec.eager, dynamic=False), None
+    reason = _backends.unavailable(name)
+    if reason is None and name == "triton" and device == "cpu":
+        reason = "the Triton interpreter is for tests"
+    if reason is None and (name == "cpu") != (device == "cpu"):
+        reason = f"runs on {name} tensors, benchmarking {device}"
+    if reason:
+        pytest.skip(reason)
+    return spec.function, name
+
+
+def _first(outputs: Any) -> Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def _cold(inputs: Inputs) -> itertools.cycle[Inputs]:
+    size = sum(v.numel() * v.element_size() for v in inputs.values() if isinstance(v, Tensor))
+    copies = min(64, max(2, COLD_BYTES // max(size, 1)))
+    clones = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()} for _ in range(copies)]
+    return itertools.cycle(clones)
+
+
+def _synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("spec", "case"), _cases())
+def test_forward(benchmark: Any, spec: OpSpec, case: Case, dtype: torch.dtype, provider: str, device: str) -> None:
+    run, backend = _provider(spec, provider, device)
+    inputs = cast(case.make(torch.Generator().manual_seed(0)), dtype, device)
+    cold = _cold(inputs)
+    with torch.no_grad(), use_backend(backend):
+        truth, epsilon = _first(spec.reference(**inputs)).float(), torch.finfo(dtype).eps
+        torch.testing.assert_close(_first(run(**inputs)).float(), truth, rtol=16 * epsilon, atol=16 * epsilon)
+
+        def once() -> None:
+            run(**next(cold))
+            _synchronise(device)
+
+        _label(benchmark, f"{spec.name} {case.name} {dtype} forward", provider)
+        benchmark.pedantic(once, rounds=15, warmup_rounds=3)
+    _report_bandwidth(benchmark, spec.bytes_moved(inputs))
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("spec", "case"), [p for p in _cases() if p.values[0].gradients])
+def test_backward(benchmark: Any, spec: OpSpec, case: Case, provider: str, device: str) -> None:
+    run, backend = _provider(spec, provider, device)
+    inputs = cast(case.make(torch.Generator().manual_seed(0)), torch.float32, device)
+    leaves = [inputs[n].requires_grad_() for n in spec.gradients if isinstance(inputs.get(n), Tensor)]
+    with use_backend(backend):
+        y = run(**inputs)
+        seed = torch.randn_like(y)
+        truth = torch.autograd.grad(spec.reference(**inputs), leaves, seed)
+        for ours, true in zip(torch.autograd.grad(y, leaves, seed, retain_graph=True), truth, strict=True):
+            torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-4 * true.abs().max().item())
+
+        def once() -> None:
+            torch.autograd.grad(y, leaves, seed, retain_graph=True)
+            _synchronise(device)
+
+        _label(benchmark, f"{spec.name} {case.name} float32 backward", provider)
+        benchmark.pedantic(once, rounds=15, warmup_rounds=3)
+    # the inputs and the gradient are read, the input's gradient is written
+    _report_bandwidth(benchmark, spec.bytes_moved(inputs) * 3 // 2)
+
+
+@pytest.mark.parametrize("provider", ["eager", "cpu", "cuda", "triton"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_host_overhead(benchmark: Any, spec: OpSpec, provider: str, device: str) -> None:
+    """The smallest call: what is left is the host's time for an op."""
+    run, backend = _provider(spec, provider, device)
+    case = next(c for c in spec.cases if c.name == "plain")
+    inputs = cast(case.make(torch.Generator().manual_seed(0)), torch.float32, device)
+    with torch.no_grad(), use_backend(backend):
+        _label(benchmark, f"{spec.name} host overhead", provider)
+        benchmark.pedantic(lambda: run(**inputs), rounds=50, iterations=200, warmup_rounds=5)
+
+
+def _label(benchmark: Any, group: str, provider: str) -> None:
+    benchmark.group, benchmark.name = group, provider
+
+
+def _report_bandwidth(benchmark: Any, moved: int) -> None:
+    if benchmark.stats is not None:
+        benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 2)

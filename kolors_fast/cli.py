@@ -1,0 +1,228 @@
+"""The command `kolors-fast`: generate | evaluate | train | info.
+
+Every failure that a user can cause is one sentence on stderr and exit status 1 (2 for a wrong command line).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"kolors-fast: warning: {message}", file=sys.stderr)
+    try:
+        result: int = options.run(options) or 0
+        return result
+    except KeyboardInterrupt:
+        print("kolors-fast: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        # the library states what is wrong in one sentence; of anything longer the first line is the statement
+        print(f"kolors-fast: {str(error).strip().splitlines()[0] if str(error) else repr(error)}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kolors-fast", description="Kolors-class text-to-image models, fused.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="draw pictures of prompts")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("prompt", nargs="+", help="what to draw, in English or Chinese")
+    generate.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="default: out.png")
+    generate.add_argument("--grid", action="store_true", help="put all pictures into one file")
+    generate.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture per prompt and seed")
+    generate.add_argument("--compare-reference", action="store_true", help="draw again in pure PyTorch and compare")
+    _add_sampling(generate)
+
+    evaluate = commands.add_parser("evaluate", help="judge a model on held-out prompts of the shapes world")
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("-n", "--prompts", type=int, default=200, help="how many, half of them Chinese")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--batch", type=int, default=20)
+    evaluate.add_argument("-o", "--output", type=Path, help="also write the report as JSON")
+    _add_sampling(evaluate)
+
+    train = commands.add_parser("train", help="train a model from a recipe")
+    train.set_defaults(run=_train)
+    train.add_argument("recipe", help="the name of a shipped recipe (kolors-tiny) or a TOML file")
+    train.add_argument("-o", "--output", type=Path, required=True, help="folder of checkpoints and of the model")
+    train.add_argument("--stages", nargs="+", help="only these stages of the recipe, in its order")
+    train.add_argument("--threads", type=int, help="CPU threads; default: all")
+
+    info = commands.add_parser("info", help="versions, and which backends exist or why not")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="kolors-tiny", help="bundled name, folder or hub id; default: kolors-tiny")
+    parser.add_argument("--variant", help="file variant of the weights, such as fp16")
+    parser.add_argument("--negative-prompt")
+    parser.add_argument("--steps", type=int, default=25, help="default: 25")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="default: 5.0")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float16 on cuda")
+    parser.add_argument("--backend", choices=["reference", "cpu", "triton", "cuda"], help="force one for every op")
+
+
+def _load(options: argparse.Namespace) -> Any:
+    import torch
+
+    from .assets import BUNDLED, bundled
+    from .ops import use_backend
+    from .pipelines.kolors import KolorsPipeline
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
+    use_backend(options.backend)
+    model = bundled(options.model) if options.model in BUNDLED else options.model
+    return KolorsPipeline.from_pretrained(model, torch_dtype=dtype, variant=options.variant).to(device)
+
+
+def _draw(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds: list[int]) -> list[Any]:
+    """One picture per prompt, its noise from its own seed, so that a picture does not depend on its neighbours."""
+    import torch
+
+    negative = None if options.negative_prompt is None else [options.negative_prompt] * len(prompts)
+    images: list[Any] = pipeline(
+        prompts,
+        negative_prompt=negative,
+        height=options.height,
+        width=options.width,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+    ).images
+    return images
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from PIL import Image
+
+    if options.output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--output: expected a picture's name such as out.png, got {str(options.output)!r}")
+    _check_folder(options.output)
+    pairs = [(prompt, seed) for prompt in options.prompt for seed in options.seed]
+    pipeline = _load(options)
+    prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
+    images = _draw(pipeline, options, prompts, seeds)
+    if options.compare_reference:
+        _compare(pipeline, options, prompts, seeds)
+    if len(images) > 1 and options.grid:
+        from .evaluation.shapes import grid
+
+        images = [grid(images, columns=len(options.seed) if len(options.seed) > 1 else min(4, len(images)))]
+    for index, image in enumerate(images, start=1):
+        name = options.output if len(images) == 1 else options.output.with_stem(f"{options.output.stem}-{index}")
+        _save(image, name)
+        print(name)
+
+
+def _compare(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds: list[int]) -> None:
+    """Print time and difference of the chosen backends against the same models in pure PyTorch, both warm."""
+    import time
+
+    import numpy as np
+
+    from .ops import use_backend
+
+    pipeline.set_progress_bar_config(disable=True)
+    pictures, seconds = [], []
+    for backend in (options.backend, "reference"):
+        with use_backend(backend):
+            started = time.perf_counter()
+            pictures.append(np.stack([np.asarray(i) for i in _draw(pipeline, options, prompts, seeds)]).astype(float))
+            seconds.append(time.perf_counter() - started)
+    error = np.abs(pictures[0] - pictures[1])
+    mse = np.square(error).mean()
+    psnr = "identical" if mse == 0 else f"PSNR {10 * np.log10(255**2 / mse):.1f} dB"
+    print(f"ours {seconds[0]:.2f} s, pure PyTorch {seconds[1]:.2f} s ({seconds[1] / seconds[0]:.2f}x)")
+    print(f"difference: largest {error.max():.0f} of 255, {psnr}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .evaluation.shapes import evaluate
+
+    if options.prompts < 1:
+        raise ValueError(f"--prompts: expected at least 1, got {options.prompts}")
+    if options.output is not None:
+        _check_folder(options.output)
+    pipeline = _load(options)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def generate(prompts: list[str], first_seed: int) -> list[Any]:
+        return _draw(pipeline, options, prompts, [first_seed + i for i in range(len(prompts))])
+
+    report = evaluate(generate, n=options.prompts, seed=options.seed, batch=options.batch)
+    print(report.table())
+    if options.output is not None:
+        _write(options.output, report.to_json())
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .training import train_command
+
+    train_command(options.recipe, options.output, stages=options.stages, threads=options.threads)
+
+
+def _info(options: argparse.Namespace) -> None:
+    import importlib.metadata as metadata
+    import platform
+
+    import torch
+
+    from . import __version__
+    from .ops import SPECS, _backends
+
+    print(f"kolors_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in ("torch", "triton", "numpy", "safetensors", "sentencepiece", "diffusers", "transformers"):
+        try:
+            print(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package} is not installed")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
+    print(f"GPU: {gpu}; CPU threads: {torch.get_num_threads()}")
+    for backend in _backends.BACKENDS:
+        missing = _backends.unavailable(backend)
+        detail = f" ({_backends.extension('cpu').isa()})" if backend == "cpu" and not missing else ""  # type: ignore[union-attr]
+        print(f"backend {backend}: {f'missing: {missing}' if missing else 'available' + detail}")
+    for name, spec in SPECS.items():
+        print(f"op {name}: {', '.join(spec.columns)}; gradients: {', '.join(spec.gradients) or 'none'}")
+
+
+def _check_folder(output: Path) -> None:
+    """Before hours of work: can the result be written at all?"""
+    if not output.parent.is_dir():
+        raise ValueError(f"--output: expected a name in an existing folder, got {str(output)!r}")
+
+
+def _save(image: Any, name: Path) -> None:
+    """Beside, then renamed: a picture is there whole or not at all."""
+    beside = name.with_name(f".{name.stem}.part{name.suffix}")
+    try:
+        image.save(beside)
+        beside.replace(name)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _write(name: Path, text: str) -> None:
+    beside = name.with_name(f".{name.name}.part")
+    try:
+        beside.write_text(text)
+        beside.replace(name)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
