@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_fast.ops import group_norm_silu
+from kolors_fast.ops.group_norm_silu import group_norm_silu
 
 
 def use_channels_last(model: nn.Module) -> None:

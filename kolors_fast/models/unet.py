@@ -1,0 +1,341 @@
+"""The denoiser of Kolors: SDXL's UNet with a projection of ChatGLM's 4096-wide text states.
+
+Podell et al., "SDXL", 2023; Kolors team, "Kolors: Effective Training of Diffusion Model for Photorealistic
+Text-to-Image Synthesis", 2024. Config keys, state-dict keys and the forward signature follow diffusers'
+UNet2DConditionModel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint import PretrainedModel
+from .layers import GroupNorm, sinusoidal_embedding, use_channels_last
+from .unet_blocks import BlockShape, Conditioning, DownBlock, MidBlock, TimestepEmbedding, UpBlock
+
+DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+
+# config values of diffusers' class that have one meaning here; unlisted ones must be unset
+FIXED = {
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "encoder_hid_dim_type": "text_proj",
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "resnet_time_scale_shift": "default",
+    "resnet_out_scale_factor": 1.0,
+    "time_embedding_type": "positional",
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "attention_type": "default",
+    "center_input_sample": False,
+    "only_cross_attention": False,
+    "dropout": 0.0,
+    "reverse_transformer_layers_per_block": None,
+    "num_attention_heads": None,
+    "dual_cross_attention": False,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "upcast_attention": False,
+    "resnet_skip_time_act": False,
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+}
+
+
+class UNet2DConditionOutput(NamedTuple):
+    sample: Tensor  # [B, out_channels, H, W]
+
+
+class AttentionProcessor:
+    """Stands for the attention this model computes, where pipelines list or set processors."""
+
+
+class KolorsUNet(PretrainedModel):
+    """Predicts the noise in a latent [B, in_channels, h, w] from the timestep, the text and the picture's sizes.
+
+    The defaults are Kolors' own config. Each level has `layers_per_block` residual blocks on the way down and one
+    more on the way up; `attention_head_dim` counts heads, as in diffusers. Keyword arguments beside the named
+    ones are diffusers' config values for variants of the architecture: only Kolors' values are accepted.
+    """
+
+    diffusers_name = "UNet2DConditionModel"
+
+    def __init__(
+        self,
+        *,
+        sample_size: int | Sequence[int] | None = 128,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        flip_sin_to_cos: bool = True,
+        freq_shift: int = 0,
+        down_block_types: Sequence[str] = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types: Sequence[str] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: Sequence[int] = (320, 640, 1280),
+        layers_per_block: int | Sequence[int] = 2,
+        norm_num_groups: int = 32,
+        norm_eps: float = 1e-5,
+        cross_attention_dim: int = 2048,
+        transformer_layers_per_block: int | Sequence[int] = (1, 2, 10),
+        encoder_hid_dim: int = 4096,
+        attention_head_dim: int | Sequence[int] = (5, 10, 20),
+        addition_time_embed_dim: int = 256,
+        projection_class_embeddings_input_dim: int = 5632,
+        **fixed: Any,
+    ) -> None:
+        values = {k: v for k, v in locals().items() if k not in ("self", "__class__", "fixed")}
+        super().__init__()
+        self.register_config(**values, **_check_fixed(fixed))
+        levels = len(block_out_channels)
+        down_attends = _check_types("down_block_types", down_block_types, DOWN_TYPES, levels)
+        up_attends = _check_types("up_block_types", up_block_types, UP_TYPES, levels)
+        layers = _per_level("layers_per_block", layers_per_block, levels)
+        depths = _per_level("transformer_layers_per_block", transformer_layers_per_block, levels)
+        heads = _per_level("attention_head_dim", attention_head_dim, levels)
+        for channels, count in zip(block_out_channels, heads, strict=True):
+            if channels % count:
+                raise ValueError(f"attention_head_dim: expected a divisor of {channels} channels, got {count}")
+
+        widths = list(block_out_channels)
+        time_dim = 4 * widths[0]
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(widths[0], time_dim)
+        self.encoder_hid_proj = nn.Linear(encoder_hid_dim, cross_attention_dim)
+        self.add_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, time_dim)
+
+        def shape(level: int, attends: bool) -> BlockShape:
+            depth = depths[level] if attends else 0
+            return BlockShape(time_dim, cross_attention_dim, heads[level], depth, norm_num_groups, norm_eps)
+
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]  # channels of the maps that the up path reads, in the order made
+        for i, width in enumerate(widths):
+            last = i == levels - 1
+            self.down_blocks.append(
+                DownBlock(widths[max(i - 1, 0)], width, layers[i], shape(i, down_attends[i]), downsample=not last)
+            )
+            skips += [width] * (layers[i] + (not last))
+
+        self.up_blocks = nn.ModuleList()
+        above = widths[-1]
+        for i, level in enumerate(reversed(range(levels))):
+            taken = [skips.pop() for _ in range(layers[level] + 1)]
+            self.up_blocks.append(UpBlock(above, widths[level], taken, shape(level, up_attends[i]), upsample=level > 0))
+            above = widths[level]
+        self.mid_block = MidBlock(widths[-1], shape(levels - 1, True))  # after up_blocks: diffusers' key order
+
+        self.conv_norm_out = GroupNorm(norm_num_groups, widths[0], norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        use_channels_last(self)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        class_labels: None = None,
+        timestep_cond: None = None,
+        attention_mask: Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        down_block_additional_residuals: Sequence[Tensor] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+        *,
+        encoder_key_bias: Tensor | None = None,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Predict the noise in `sample`.
+
+        Args:
+            sample: [B, in_channels, h, w], any h and w.
+            timestep: number, or tensor of 1 or B numbers.
+            encoder_hidden_states: text states [B, S, encoder_hid_dim].
+            class_labels, timestep_cond: not part of this model; must be None.
+            attention_mask: [B, h*w], 1 keep, 0 drop, on the pixels of self-attention; fits only where all levels
+                with self-attention have that many pixels.
+            cross_attention_kwargs: `scale` multiplies the injected LoRA layers for this call.
+            added_cond_kwargs: `text_embeds` [B, D] and `time_ids` [B, 6] (original height and width, crop top and
+                left, target height and width, in pixels).
+            down_block_additional_residuals, mid_block_additional_residual: a ControlNet's, one per skip and one;
+                the first without the second is read as the next argument.
+            down_intrablock_additional_residuals: a T2I-Adapter's, one per down block, and maybe the mid block.
+            encoder_attention_mask: [B, S], 1 keep, 0 drop, on the text.
+            return_dict: whether to return UNet2DConditionOutput(sample) or (sample,).
+            encoder_key_bias: fp32 [B, S], added to the cross-attention logits of every block. One key with bias
+                ln(m) counts as m equal keys, so m equal pad states can be given once; in half precision the bias
+                is rounded to the queries' dtype.
+
+        Raises:
+            ValueError: an argument is missing, or has another shape than said above.
+        """
+        for name, value in (("class_labels", class_labels), ("timestep_cond", timestep_cond)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None, for this model has no such input, got a value")
+        kwargs = dict(cross_attention_kwargs or {})
+        lora_scale = kwargs.pop("scale", 1.0)
+        if kwargs:
+            raise ValueError(f"cross_attention_kwargs: expected no key but 'scale', got {sorted(kwargs)}")
+
+        adapter = down_intrablock_additional_residuals
+        if adapter is None and mid_block_additional_residual is None:
+            adapter = down_block_additional_residuals
+        control = None
+        if down_block_additional_residuals is not None and mid_block_additional_residual is not None:
+            control = [*down_block_additional_residuals, mid_block_additional_residual]
+
+        with lora_scaled(self, lora_scale):
+            cond = Conditioning(
+                time=F.silu(self.embed_time(timestep, sample) + self.embed_added(added_cond_kwargs, sample)),
+                text=self.encoder_hid_proj(encoder_hidden_states),
+                self_bias=_mask_bias(attention_mask, sample.dtype),
+                text_bias=_sum(_mask_bias(encoder_attention_mask, sample.dtype), encoder_key_bias),
+            )
+            _check_bias("encoder_attention_mask or encoder_key_bias", cond.text_bias, cond.text.shape[:2])
+            noise = self.denoise(sample, cond, control, adapter)
+        return UNet2DConditionOutput(noise) if return_dict else (noise,)
+
+    def embed_time(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
+        """Timestep(s) -> [B, time_dim]."""
+        batch = sample.shape[0]
+        t = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        if t.numel() not in (1, batch):
+            raise ValueError(f"timestep: expected 1 or {batch} numbers, got {t.numel()}")
+        return self.time_embedding(self._sinusoid(t.expand(batch), self.config.block_out_channels[0]).to(sample.dtype))
+
+    def embed_added(self, added_cond_kwargs: Mapping[str, Tensor] | None, sample: Tensor) -> Tensor:
+        """Pooled text [B, D] and size ids [B, 6] -> [B, time_dim]."""
+        for key in ("text_embeds", "time_ids"):
+            if added_cond_kwargs is None or key not in added_cond_kwargs:
+                raise ValueError(f"added_cond_kwargs: expected text_embeds and time_ids, got no {key}")
+        assert added_cond_kwargs is not None
+        text, ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
+        sizes = self._sinusoid(ids.flatten(), self.config.addition_time_embed_dim)  # [B*6, 256]
+        joined = torch.cat([text.to(sample.dtype), sizes.reshape(text.shape[0], -1).to(sample.dtype)], dim=-1)
+        return self.add_embedding(joined)
+
+    def _sinusoid(self, positions: Tensor, dim: int) -> Tensor:
+        config = self.config
+        return sinusoidal_embedding(
+            positions, dim, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        )
+
+    def denoise(
+        self,
+        sample: Tensor,
+        cond: Conditioning,
+        control: Sequence[Tensor] | None = None,
+        adapter: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """The UNet proper. `control`: one residual per skip, then the mid block's; `adapter`: one per down block."""
+        residuals = list(adapter or [])
+        x = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for block in self.down_blocks:
+            x, made = block(x, cond, residuals.pop(0) if residuals else None)
+            skips += made
+        x = self.mid_block(x, cond)
+        if residuals and residuals[0].shape == x.shape:
+            x = x + residuals[0]
+        if control is not None:
+            if len(control) != len(skips) + 1:
+                raise ValueError(
+                    f"down_block_additional_residuals: expected {len(skips)} tensors, got {len(control) - 1}"
+                )
+            skips = [skip + residual for skip, residual in zip(skips, control[:-1], strict=True)]
+            x = x + control[-1]
+        for block in self.up_blocks:
+            x = block(x, skips, cond)
+        return self.conv_out(self.conv_norm_out(x))
+
+    @property
+    def attn_processors(self) -> dict[str, AttentionProcessor]:
+        """One entry per attention layer, in module order: down, up, mid; self- before cross-attention."""
+        names = [name for name, module in self.named_modules() if name.endswith((".attn1", ".attn2"))]
+        return {f"{name}.processor": AttentionProcessor() for name in names}
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """Accept a processor, or a dict of one per layer, that stands for plain attention; refuse any other.
+
+        diffusers' AttnProcessor and AttnProcessor2_0 compute what this model computes anyway.
+        """
+        processors = processor if isinstance(processor, Mapping) else {"all": processor}
+        for name, item in processors.items():
+            kind = type(item).__name__
+            if kind not in ("AttentionProcessor", "AttnProcessor", "AttnProcessor2_0"):
+                raise ValueError(
+                    f"set_attn_processor: {name}: expected plain attention (AttnProcessor2_0), which this "
+                    f"model computes itself, got {kind}"
+                )
+
+
+@contextmanager
+def lora_scaled(model: nn.Module, scale: float) -> Iterator[None]:
+    """Multiply the strength of every injected PEFT layer inside the block."""
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "scale_layer")] if scale != 1.0 else []
+    for layer in layers:
+        layer.scale_layer(scale)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            if scale != 0:
+                layer.unscale_layer(scale)
+            else:  # a zero cannot be divided out
+                for name in layer.active_adapters:
+                    layer.set_scale(name, 1.0)
+
+
+def _check_fixed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The full table of fixed values; unset, None, False and 0 mean the same."""
+    for key, value in given.items():
+        expected = FIXED.get(key)
+        if (value or None) != (expected or None) and not (key == "encoder_hid_dim_type" and value is None):
+            raise ValueError(f"{key}: expected {expected!r}, the only value KolorsUNet knows, got {value!r}")
+    return {**FIXED, **{k: v for k, v in given.items() if v is not None}}
+
+
+def _check_types(key: str, types: Sequence[str], known: Mapping[str, bool], levels: int) -> list[bool]:
+    """Whether each block has transformers."""
+    if len(types) != levels or not set(types) <= set(known):
+        raise ValueError(f"{key}: expected {levels} of {', '.join(known)}, got {list(types)}")
+    return [known[kind] for kind in types]
+
+
+def _per_level(key: str, value: int | Sequence[int], levels: int) -> list[int]:
+    values = [value] * levels if isinstance(value, int) else list(value)
+    if len(values) != levels or not all(isinstance(v, int) and v > 0 for v in values):
+        raise ValueError(f"{key}: expected a positive number or {levels} of them, got {value!r}")
+    return values
+
+
+def _mask_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """1 keep, 0 drop -> 0 and -10000, to be added to logits."""
+    return None if mask is None else (1 - mask.to(dtype)) * -10000.0
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _check_bias(name: str, bias: Tensor | None, shape: torch.Size) -> None:
+    if bias is not None and bias.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(bias.shape)}")
