@@ -228,6 +228,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file beside and rename it, so that no reader ever sees half of it."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        scratch.write_bytes(content)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def _with_variant(name: str, variant: str | None) -> str:
     stem, extension = name.rsplit(".", 1)
     return f"{stem}.{variant}.{extension}" if variant else name
