@@ -1,0 +1,253 @@
+// y = act((x + channel_add - mean) * rstd * weight + bias) over the concatenation of x and skip, per group.
+//
+// Statistics: each block takes a pivot from its own data, sums deviations from it in fp32, and merges channels and
+// blocks in fp64 (Chan). A pivot that is the mean of k of a block's R rows costs at most a factor R/k in rounding error
+// of the variance, whatever the data: those k rows themselves contribute k (pivot - mean)^2 to it.
+#include "group_norm_silu.h"
+#include "isa.h"
+
+namespace kolors_fast {
+namespace KOLORS_FAST_ISA {
+namespace {
+
+constexpr int64_t kPivotRows = 8;
+
+struct Moments {
+    double mean, squares; // sum of squared deviations from the mean
+};
+
+template <typename T> struct ForwardPasses {
+    const GroupNormSiluForward &a;
+    Layout<T> layout;
+    int64_t slots = layout.slots;
+    std::unique_ptr<Moments[]> moments; // [units, blocks, groups] or [units, blocks]
+    std::unique_ptr<float[]> tables;    // weight, bias, then 4 tables per sample, then 3 per thread
+
+    ForwardPasses(const GroupNormSiluForward &arguments, int threads)
+        : a(arguments), layout(a.shape, a.x, a.skip),
+          moments(workspace<Moments>(layout.units() * layout.blocks() *
+                                     (layout.shape.channels_last ? layout.shape.groups : 1))),
+          tables(workspace<float>((2 + 4 * a.shape.n + 3 * threads) * slots)) {
+        fill_table(layout, a.weight, 1.0f, tables.get());
+        fill_table(layout, a.bias, 0.0f, tables.get() + slots);
+    }
+
+    const float *weight() const { return tables.get(); }
+    const float *bias() const { return tables.get() + slots; }
+    float *added(int64_t n) const { return tables.get() + (2 + 4 * n) * slots; }
+    float *shift(int64_t n) const { return added(n) + slots; }
+    float *scale(int64_t n) const { return added(n) + 2 * slots; }
+    float *offset(int64_t n) const { return added(n) + 3 * slots; }
+    float *scratch(int thread) const { return tables.get() + (2 + 4 * a.shape.n + 3 * thread) * slots; }
+
+    void add_channels(int64_t n, int64_t begin, int64_t end) const {
+        const T *values = static_cast<const T *>(a.channel_add) + n * a.shape.channels();
+        for (int64_t channel = begin; channel < end; ++channel)
+            added(n)[layout.slot_of(channel)] = a.channel_add ? read_scalar(values, channel, a.shape.dtype) : 0.0f;
+    }
+
+    // y = (x - shift) * scale + offset. What the rounding of shift loses goes into offset: with a mean far from zero
+    // that is most of the error.
+    void set_group(int64_t n, int64_t group, double mean, double squares) const {
+        const double rstd = 1.0 / __builtin_sqrt(squares / layout.group_elements() + a.eps);
+        a.mean[n * a.shape.groups + group] = static_cast<float>(mean);
+        a.rstd[n * a.shape.groups + group] = static_cast<float>(rstd);
+        const int64_t width = a.shape.group_channels();
+        for (int64_t channel = group * width; channel < (group + 1) * width; ++channel) {
+            const int64_t slot = layout.slot_of(channel);
+            const double exact = mean - added(n)[slot], factor = rstd * weight()[slot];
+            const float rounded = static_cast<float>(exact);
+            shift(n)[slot] = rounded;
+            scale(n)[slot] = static_cast<float>(factor);
+            offset(n)[slot] = static_cast<float>(bias()[slot] - (exact - rounded) * factor);
+        }
+    }
+
+    KOLORS_FAST_INLINE Floats activate(Floats v) const { return a.shape.silu ? v * sigmoid(v) : v; }
+};
+
+template <typename T> struct ChannelsLastForward : ForwardPasses<T> {
+    using Base = ForwardPasses<T>;
+    using Base::a, Base::layout, Base::Base, Base::slots;
+
+    void prepare(int64_t n) const { this->add_channels(n, 0, a.shape.channels()); }
+
+    void first(int64_t n, int64_t block, int thread) const {
+        const Rows rows(layout, n, block);
+        float *pivot = this->scratch(thread), *sum = pivot + slots, *square = sum + slots;
+        for (const Part<T> &part : layout.parts)
+            sum_part(part, part.data + rows.offset(a.shape.hw, part.channels), rows.count, pivot + part.slot,
+                     sum + part.slot, square + part.slot);
+        const float *added = this->added(n);
+        const int64_t width = a.shape.group_channels();
+        Moments *moments = this->moments.get() + (n * layout.blocks() + block) * a.shape.groups;
+        const double count = static_cast<double>(rows.count);
+        for (int64_t group = 0; group < a.shape.groups; ++group) {
+            const auto channel_mean = [&](int64_t slot) {
+                return static_cast<double>(pivot[slot]) + added[slot] + sum[slot] / count;
+            };
+            double mean = 0, squares = 0;
+            for (int64_t channel = group * width; channel < (group + 1) * width; ++channel)
+                mean += channel_mean(layout.slot_of(channel));
+            mean /= width;
+            for (int64_t channel = group * width; channel < (group + 1) * width; ++channel) {
+                const int64_t slot = layout.slot_of(channel);
+                const double deviation = channel_mean(slot) - mean, s = sum[slot];
+                squares += square[slot] - s * s / count + count * deviation * deviation;
+            }
+            moments[group] = {mean, squares};
+        }
+    }
+
+    static void sum_part(const Part<T> &part, const T *rows, int64_t count, float *pivot, float *sum, float *square) {
+        const int64_t stride = part.channels, pivot_rows = at_most(kPivotRows, count);
+        for_vectors(part.channels, [&](int64_t i, auto vector) {
+            Floats total = {};
+            for (int64_t row = 0; row < pivot_rows; ++row)
+                total += vector.load(rows + row * stride + i);
+            store(pivot + i, total / static_cast<float>(pivot_rows));
+            store(sum + i, Floats{});
+            store(square + i, Floats{});
+        });
+        int64_t row = 0;
+        for (; row + 4 <= count; row += 4) {
+            const T *four = rows + row * stride;
+            for_vectors(part.channels, [&](int64_t i, auto vector) {
+                const Floats p = load(pivot + i);
+                const Floats d0 = vector.load(four + i) - p, d1 = vector.load(four + stride + i) - p;
+                const Floats d2 = vector.load(four + 2 * stride + i) - p, d3 = vector.load(four + 3 * stride + i) - p;
+                store(sum + i, load(sum + i) + ((d0 + d1) + (d2 + d3)));
+                store(square + i, load(square + i) + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)));
+            });
+        }
+        for (; row < count; ++row)
+            for_vectors(part.channels, [&](int64_t i, auto vector) {
+                const Floats d = vector.load(rows + row * stride + i) - load(pivot + i);
+                store(sum + i, load(sum + i) + d);
+                store(square + i, load(square + i) + d * d);
+            });
+    }
+
+    void finish(int64_t n) const {
+        const int64_t blocks = layout.blocks(), groups = a.shape.groups;
+        const Moments *moments = this->moments.get() + n * blocks * groups;
+        const double width = static_cast<double>(a.shape.group_channels());
+        for (int64_t group = 0; group < groups; ++group) {
+            double mean = 0, squares = 0;
+            for (int64_t block = 0; block < blocks; ++block)
+                mean += moments[block * groups + group].mean * Rows(layout, n, block).count;
+            mean /= static_cast<double>(a.shape.hw);
+            for (int64_t block = 0; block < blocks; ++block) {
+                const Moments &part = moments[block * groups + group];
+                const double deviation = part.mean - mean;
+                squares += part.squares + width * Rows(layout, n, block).count * deviation * deviation;
+            }
+            this->set_group(n, group, mean, squares);
+        }
+    }
+
+    void second(int64_t n, int64_t block) const {
+        const Rows rows(layout, n, block);
+        T *y = static_cast<T *>(a.y) + rows.offset(a.shape.hw, a.shape.channels());
+        for (int64_t row = 0; row < rows.count; ++row, y += a.shape.channels())
+            for (const Part<T> &part : layout.parts) {
+                const T *x = part.data + rows.offset(a.shape.hw, part.channels) + row * part.channels;
+                T *out = y + part.first_channel;
+                const float *shift = this->shift(n) + part.slot, *scale = this->scale(n) + part.slot,
+                            *offset = this->offset(n) + part.slot;
+                for_vectors(part.channels, [&](int64_t i, auto vector) {
+                    const Floats v = (vector.load(x + i) - load(shift + i)) * load(scale + i) + load(offset + i);
+                    vector.store(out + i, this->activate(v));
+                });
+            }
+    }
+};
+
+template <typename T> struct ChannelsFirstForward : ForwardPasses<T> {
+    using Base = ForwardPasses<T>;
+    using Base::a, Base::layout, Base::Base;
+
+    const T *input(const Run &run) const {
+        const Part<T> &part = layout.part_of(run.channel);
+        return part.data + run.offset(a.shape.hw, part.channels, part.first_channel);
+    }
+
+    void prepare(int64_t unit) const {
+        const int64_t width = a.shape.group_channels(), group = unit % a.shape.groups;
+        this->add_channels(unit / a.shape.groups, group * width, (group + 1) * width);
+    }
+
+    void first(int64_t unit, int64_t block, int) const {
+        const Run run(layout, unit, block);
+        const T *x = input(run);
+        const int64_t pivot_count = at_most(run.count, kRunElements / 16);
+        Floats totals = {};
+        for_vectors(pivot_count, [&](int64_t i, auto vector) { totals += vector.load(x + i); });
+        const float pivot = static_cast<float>(sum_lanes(totals) / pivot_count);
+        Floats sums = {}, squares = {};
+        int64_t i = 0;
+        for (; i + 4 * kWidth <= run.count; i += 4 * kWidth) {
+            const Floats d0 = load(x + i) - pivot, d1 = load(x + i + kWidth) - pivot;
+            const Floats d2 = load(x + i + 2 * kWidth) - pivot, d3 = load(x + i + 3 * kWidth) - pivot;
+            sums += (d0 + d1) + (d2 + d3);
+            squares += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+        }
+        double sum = sum_lanes(sums), square = sum_lanes(squares);
+        sums = squares = Floats{};
+        const int64_t rest = run.count - i;
+        const T *last = x + i;
+        float tail[4 * kWidth]; // as fp32, for a padding lane must not count as 0 - pivot
+        for_vectors(rest, [&](int64_t j, auto vector) { store(tail + j, vector.load(last + j)); });
+        for (int64_t j = 0; j < rest; ++j) {
+            const double deviation = tail[j] - pivot;
+            sum += deviation;
+            square += deviation * deviation;
+        }
+        const float added = this->added(run.n)[layout.slot_of(run.channel)];
+        this->moments[unit * layout.blocks() + block] = {static_cast<double>(pivot) + added + sum / run.count,
+                                                         square - sum * sum / run.count};
+    }
+
+    void finish(int64_t unit) const {
+        const int64_t blocks = layout.blocks();
+        const Moments *moments = this->moments.get() + unit * blocks;
+        double mean = 0, squares = 0;
+        for (int64_t block = 0; block < blocks; ++block)
+            mean += moments[block].mean * Run(layout, unit, block).count;
+        mean /= layout.group_elements();
+        for (int64_t block = 0; block < blocks; ++block) {
+            const double deviation = moments[block].mean - mean;
+            squares += moments[block].squares + Run(layout, unit, block).count * deviation * deviation;
+        }
+        this->set_group(unit / a.shape.groups, unit % a.shape.groups, mean, squares);
+    }
+
+    void second(int64_t unit, int64_t block) const {
+        const Run run(layout, unit, block);
+        const T *x = input(run);
+        T *y = static_cast<T *>(a.y) + run.offset(a.shape.hw, a.shape.channels(), 0);
+        const int64_t slot = layout.slot_of(run.channel);
+        const float shift = this->shift(run.n)[slot], scale = this->scale(run.n)[slot],
+                    offset = this->offset(run.n)[slot];
+        for_vectors(run.count, [&](int64_t i, auto vector) {
+            vector.store(y + i, this->activate((vector.load(x + i) - shift) * scale + offset));
+        });
+    }
+};
+
+} // namespace
+
+void group_norm_silu_forward(const GroupNormSiluForward &a) {
+    for_dtype(a.shape.dtype, [&](auto element) {
+        using T = decltype(element);
+        const Layout<T> layout(a.shape, a.x, a.skip);
+        const int threads = layout.threads();
+        if (layout.shape.channels_last)
+            run_passes(layout.units(), layout.blocks(), threads, ChannelsLastForward<T>(a, threads));
+        else
+            run_passes(layout.units(), layout.blocks(), threads, ChannelsFirstForward<T>(a, threads));
+    });
+}
+
+} // namespace KOLORS_FAST_ISA
+} // namespace kolors_fast
