@@ -1,0 +1,27 @@
+"""What the launchers ask of a device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# in interpreter mode programs run one after the other: few of them, but enough that splits are exercised
+INTERPRETED_MULTIPROCESSORS = 2
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors the grid has to fill."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def guard(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU current: Triton launches on the current device, whatever its arguments say."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -1,0 +1,584 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# (the arguments of a Triton kernel have no Python type)
+"""GroupNorm of concat(x, skip) + channel_add, then SiLU or nothing, without building the concat.
+
+    v    = concat(x, skip) + channel_add                 [N, C, S], C = Cx + Cskip, S pixels
+    xhat = (v - mean_group(v)) * rstd_group(v)
+    y    = silu(xhat * weight + bias)
+
+A tile is BLOCK_P pixels of BLOCK_C neighbouring channels, whatever the groups are: no lane is lost on 10 or 30
+channels per group. A block of channels never crosses the seam between x and skip, so a program reads one
+pointer; groups cross blocks and the seam freely:
+
+    statistics   (n, chunk of pixels, block of channels) -> count, mean, M2 of each group's part in the block
+    apply        merges the parts of its groups in fixed order, then normalises its chunk
+
+Variances come from deviations (Welford per lane, relative to a pixel of the data, then Chan et al.'s merge,
+"Updating formulae and a pairwise algorithm for computing sample variances", 1979), never from E[x^2] - E[x]^2.
+Everything is fp32 and rounded once at the store. No atomics: the same input gives the same bits.
+
+Symbols: N samples, S pixels, C channels, D channels per group, G groups, K chunks, B blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import guard, multiprocessors
+
+TILE = 4096  # elements; 16 per thread: up to four 16-byte loads in flight, and both accumulators stay in registers
+PROGRAMS_PER_MULTIPROCESSOR = 4  # resident at once with 8 warps of at most 64 registers
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a GroupNorm is cut into programs. Only `chunk` and `chunks` follow the resolution of the picture,
+    and those are run-time arguments: a new resolution compiles nothing."""
+
+    block_p: int  # pixels of a tile
+    block_c: int  # channels of a tile
+    chunk: int  # pixels of a program, a multiple of block_p
+    chunks: int  # K
+    blocks: int  # B
+    slots: int  # power of two, at least the number of groups that meet in one block
+    parts: int  # at most so many blocks share one group
+    vector: int  # elements that one 16-byte access may hold; 1 where an access could be misaligned
+    num_warps: int
+
+    def programs(self, samples: int) -> int:
+        return samples * self.chunks * self.blocks
+
+
+@cache
+def configure(
+    samples: int, x_channels: int, skip_channels: int, size: int, num_groups: int,
+    itemsize: int, channels_last: bool, multiprocessors: int,
+) -> Config:  # fmt: skip
+    """Config for [samples, x_channels + skip_channels, size pixels] on a GPU of so many multiprocessors."""
+    vector = 16 // itemsize
+    if channels_last:
+        # 64 channels are whole 128-byte lines in 16 bit, and divide every width of Kolors and of its autoencoder
+        block_c = min(64, triton.next_power_of_2(max(x_channels, skip_channels)))
+        inner = (x_channels, skip_channels)
+    else:
+        # a warp's 16-byte loads are one run of 256 pixels in 16 bit; the tile does not follow the resolution
+        block_c = TILE // 256
+        inner = (size, size)
+    block_p = TILE // block_c
+
+    spans = _block_spans(x_channels, skip_channels, block_c)
+    group_size = (x_channels + skip_channels) // num_groups
+    met = [(begin // group_size, (end - 1) // group_size) for begin, end in spans]
+    shares = [0] * num_groups
+    for first, last in met:
+        for group in range(first, last + 1):
+            shares[group] += 1
+
+    tiles = -(-size // block_p)
+    wanted = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
+    chunk = max(1, tiles * samples * len(spans) // wanted) * block_p
+    return Config(
+        block_p=block_p,
+        block_c=block_c,
+        chunk=chunk,
+        chunks=-(-size // chunk),
+        blocks=len(spans),
+        slots=triton.next_power_of_2(max(last - first + 1 for first, last in met)),
+        parts=max(shares),
+        vector=vector if all(length % vector == 0 for length in inner) else 1,
+        num_warps=8,
+    )
+
+
+def _block_spans(x_channels: int, skip_channels: int, block_c: int) -> list[tuple[int, int]]:
+    """Channels [begin, end) of every block: first those of x, then those of skip."""
+    seam, end = x_channels, x_channels + skip_channels
+    return [(c, min(c + block_c, seam)) for c in range(0, seam, block_c)] + [
+        (c, min(c + block_c, end)) for c in range(seam, end, block_c)
+    ]
+
+
+# every integer is a plain run-time argument: neither a 1 nor a multiple of 16 makes another variant.
+# What the compiler may rely on is said by VECTOR, and by the alignment of the pointers
+_SIZES = ["size", "x_channels", "skip_channels", "add_stride", "chunk", "chunks", "first_block", "blocks", "samples",
+          "all_channels"]
+
+
+@triton.jit
+def _aligned(size, x_channels, skip_channels, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """The same values, but now the compiler knows the contiguous lengths to be multiples of VECTOR."""
+    if CHANNELS_LAST:
+        return size, x_channels // VECTOR * VECTOR, skip_channels // VECTOR * VECTOR
+    else:
+        return size // VECTOR * VECTOR, x_channels, skip_channels
+
+
+@triton.jit
+def _program(size, x_channels, chunk, chunks, first_block, blocks, BLOCK_C: tl.constexpr):
+    """(sample, chunk, its pixels [begin, end), block, whether the block lies in skip) of this program."""
+    block = first_block + tl.program_id(0) % blocks
+    rest = tl.program_id(0) // blocks
+    begin = rest % chunks * chunk
+    in_skip = block >= tl.cdiv(x_channels, BLOCK_C)
+    return (rest // chunks).to(tl.int64), rest % chunks, begin, tl.minimum(begin + chunk, size), block, in_skip
+
+
+@triton.jit
+def _span(block, x_channels, skip_channels, BLOCK_C: tl.constexpr):
+    """Channels [begin, end) of a block, or of a tensor of blocks. Mirrors _block_spans."""
+    in_skip = block >= tl.cdiv(x_channels, BLOCK_C)
+    begin = tl.where(in_skip, x_channels + (block - tl.cdiv(x_channels, BLOCK_C)) * BLOCK_C, block * BLOCK_C)
+    return begin, tl.minimum(begin + BLOCK_C, x_channels + tl.where(in_skip, skip_channels, 0))
+
+
+@triton.jit
+def _block_of(channel, x_channels, BLOCK_C: tl.constexpr):
+    skip_block = tl.cdiv(x_channels, BLOCK_C) + (channel - x_channels) // BLOCK_C
+    return tl.where(channel < x_channels, channel // BLOCK_C, skip_block)
+
+
+@triton.jit
+def _offsets(pixel, channel, channels, size, CHANNELS_LAST: tl.constexpr):
+    """Offsets [BLOCK_P, BLOCK_C] inside one sample of a tensor of so many channels."""
+    if CHANNELS_LAST:
+        return pixel[:, None] * channels + channel[None, :]
+    else:
+        return channel[None, :].to(tl.int64) * size + pixel[:, None]
+
+
+@triton.jit
+def _pixels(ptr, n, begin, channels, size, CHANNELS_LAST: tl.constexpr):
+    """Pointer to pixel `begin` of sample n of a tensor of so many channels."""
+    return ptr + n * channels * size + begin.to(tl.int64) * (channels if CHANNELS_LAST else 1)
+
+
+@triton.jit
+def _row(ptr, at, mask):
+    return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _statistics_kernel(
+    x_ptr, skip_ptr, add_ptr, mean_ptr, m2_ptr,
+    size, x_channels, skip_channels, add_stride, chunk, chunks, blocks,
+    CHANNELS_LAST: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """mean, M2 [N, B, SLOTS, K] of the part of each group that lies in this block and chunk."""
+    size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
+    n, k, begin, end, block, in_skip = _program(size, x_channels, chunk, chunks, 0, blocks, BLOCK_C)
+    first, last = _span(block, x_channels, skip_channels, BLOCK_C)
+    channel = first + tl.arange(0, BLOCK_C)
+    in_block = channel < last
+
+    channels = tl.where(in_skip, skip_channels, x_channels)
+    local = channel - tl.where(in_skip, x_channels, 0)
+    pixel = tl.arange(0, BLOCK_P)
+    offsets = _offsets(pixel, local, channels, size, CHANNELS_LAST)
+    source = _pixels(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
+
+    # relative to the chunk's first pixel a large mean costs no precision, and channel_add cancels
+    pivot = _row(source, local.to(tl.int64) * (1 if CHANNELS_LAST else size), in_block)
+    mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for tile in range(0, tl.cdiv(end - begin, BLOCK_P)):
+        valid = (begin + tile * BLOCK_P + pixel < end)[:, None] & in_block[None, :]
+        value = tl.load(source + offsets, mask=valid, other=0.0).to(tl.float32) - pivot[None, :]
+        delta = tl.where(valid, value - mean, 0.0)
+        mean += delta * (1.0 / (tile + 1.0))
+        m2 += delta * (value - mean)
+        source += BLOCK_P * (channels if CHANNELS_LAST else 1)
+
+    # lanes to channels: lane p has seen every BLOCK_P-th pixel from p on
+    count = (end - begin).to(tl.float32)
+    seen = tl.maximum(tl.cdiv(end - begin - pixel, BLOCK_P), 0).to(tl.float32)[:, None]
+    channel_mean = tl.sum(seen * mean, 0) / count
+    deviation = mean - channel_mean[None, :]
+    channel_m2 = tl.sum(tl.where(seen > 0, m2 + seen * deviation * deviation, 0.0), 0)
+    channel_mean += pivot
+    if add_ptr is not None:
+        channel_mean += _row(add_ptr, n * add_stride + channel, in_block)
+
+    # channels to the groups of this block, relative to the first channel of each
+    group = first // GROUP + tl.arange(0, SLOTS)
+    member = (group[:, None] == (channel // GROUP)[None, :]) & in_block[None, :]
+    members = tl.sum(member.to(tl.float32), 1)
+    leader = channel[None, :] == tl.maximum(group * GROUP, first)[:, None]
+    leading = tl.sum(tl.where(member & leader, channel_mean[None, :], 0.0), 1)
+    distance = tl.where(member, channel_mean[None, :] - leading[:, None], 0.0)
+    shift = tl.sum(distance, 1) / tl.maximum(members, 1.0)
+    deviation = distance - shift[:, None]
+    group_m2 = tl.sum(tl.where(member, channel_m2[None, :] + count * deviation * deviation, 0.0), 1)
+
+    at = ((n * blocks + block) * SLOTS + tl.arange(0, SLOTS)) * chunks + k
+    tl.store(mean_ptr + at, leading + shift)
+    tl.store(m2_ptr + at, group_m2)
+
+
+@triton.jit
+def _merged(
+    mean_ptr, m2_ptr, n, group, size, x_channels, skip_channels, chunk, chunks, blocks, eps,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(mean, rstd) [SLOTS] of these groups: their parts in all blocks and chunks, in fixed order."""
+    exists = group * GROUP < x_channels + skip_channels
+    first_block = _block_of(group * GROUP, x_channels, BLOCK_C)
+    last_block = _block_of(group * GROUP + GROUP - 1, x_channels, BLOCK_C)
+
+    slot = group - _span(first_block, x_channels, skip_channels, BLOCK_C)[0] // GROUP
+    mean = tl.load(mean_ptr + ((n * blocks + first_block) * SLOTS + slot) * chunks, mask=exists, other=0.0)
+    m2 = tl.zeros([SLOTS], tl.float32)
+    count = tl.zeros([SLOTS], tl.float32)
+    for start in range(0, chunks * PARTS, BLOCK_K):
+        entry = (start + tl.arange(0, BLOCK_K))[:, None]
+        k = entry // PARTS
+        block = first_block[None, :] + entry % PARTS
+        present = (k < chunks) & (block <= last_block[None, :]) & exists[None, :]
+        first, last = _span(block, x_channels, skip_channels, BLOCK_C)
+        channels = tl.minimum(last, (group * GROUP + GROUP)[None, :]) - tl.maximum(first, (group * GROUP)[None, :])
+        weight = tl.where(present, channels * tl.minimum(chunk, size - k * chunk), 0).to(tl.float32)
+        at = ((n * blocks + block) * SLOTS + group[None, :] - first // GROUP) * chunks + k
+        distance = tl.load(mean_ptr + at, mask=present, other=0.0) - mean[None, :]
+        part_m2 = tl.load(m2_ptr + at, mask=present, other=0.0)
+
+        weights = tl.sum(weight, 0)
+        shift = tl.sum(tl.where(present, weight * distance, 0.0), 0) / tl.maximum(weights, 1.0)
+        deviation = distance - shift[None, :]
+        total = tl.maximum(count + weights, 1.0)
+        m2 += tl.sum(tl.where(present, part_m2 + weight * deviation * deviation, 0.0), 0)
+        m2 += shift * shift * (count * weights / total)
+        mean += shift * (weights / total)
+        count = total
+    variance = m2 / tl.maximum(count, 1.0)
+    return mean, tl.math.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _apply_kernel(
+    x_ptr, skip_ptr, weight_ptr, bias_ptr, add_ptr, part_mean_ptr, part_m2_ptr, y_ptr, mean_ptr, rstd_ptr,
+    size, x_channels, skip_channels, add_stride, chunk, chunks, blocks, eps,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """y of one chunk and block; the programs of the first chunk also write mean and rstd [N, G]."""
+    size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
+    n, k, begin, end, block, in_skip = _program(size, x_channels, chunk, chunks, 0, blocks, BLOCK_C)
+    first, last = _span(block, x_channels, skip_channels, BLOCK_C)
+    channel = first + tl.arange(0, BLOCK_C)
+    in_block = channel < last
+
+    group = first // GROUP + tl.arange(0, SLOTS)
+    mean, rstd = _merged(
+        part_mean_ptr, part_m2_ptr, n, group, size, x_channels, skip_channels, chunk, chunks, blocks, eps,
+        GROUP, SLOTS, PARTS, BLOCK_C, BLOCK_K,
+    )  # fmt: skip
+    if k == 0:
+        # a group that crosses blocks is written by the block where it begins
+        owned = (group * GROUP >= first) & (group * GROUP < last)
+        at = n * ((x_channels + skip_channels) // GROUP) + group
+        tl.store(mean_ptr + at, mean, mask=owned)
+        tl.store(rstd_ptr + at, rstd, mask=owned)
+
+    member = group[:, None] == (channel // GROUP)[None, :]
+    centre = tl.sum(tl.where(member, mean[:, None], 0.0), 0)
+    scale = tl.sum(tl.where(member, rstd[:, None], 0.0), 0)
+    scale *= _row(weight_ptr, channel, in_block)
+    bias = _row(bias_ptr, channel, in_block)
+    add = tl.zeros([BLOCK_C], tl.float32)
+    if add_ptr is not None:
+        add = _row(add_ptr, n * add_stride + channel, in_block)
+
+    channels = tl.where(in_skip, skip_channels, x_channels)
+    local = channel - tl.where(in_skip, x_channels, 0)
+    pixel = tl.arange(0, BLOCK_P)
+    all_channels = x_channels + skip_channels
+    source_offsets = _offsets(pixel, local, channels, size, CHANNELS_LAST)
+    target_offsets = _offsets(pixel, channel, all_channels, size, CHANNELS_LAST)
+    source = _pixels(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
+    target = _pixels(y_ptr, n, begin, all_channels, size, CHANNELS_LAST)
+    for tile in range(0, tl.cdiv(end - begin, BLOCK_P)):
+        valid = (begin + tile * BLOCK_P + pixel < end)[:, None] & in_block[None, :]
+        value = tl.load(source + source_offsets, mask=valid, other=0.0).to(tl.float32)
+        # subtract the mean before scaling: folding it into the bias would cancel
+        y = (value + add[None, :] - centre[None, :]) * scale[None, :] + bias[None, :]
+        if SILU:
+            y = y * tl.sigmoid(y)
+        tl.store(target + target_offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
+        source += BLOCK_P * (channels if CHANNELS_LAST else 1)
+        target += BLOCK_P * (all_channels if CHANNELS_LAST else 1)
+
+
+@triton.jit
+def _normalised(value, grad_y, add, mean, rstd, weight, bias, SILU: tl.constexpr):
+    """(xhat, gradient of u = xhat * weight + bias) of a tile."""
+    xhat = (value + add[None, :] - mean[None, :]) * rstd[None, :]
+    if SILU:
+        u = xhat * weight[None, :] + bias[None, :]
+        s = tl.sigmoid(u)
+        grad_y = grad_y * (s * (1.0 + u * (1.0 - s)))
+    return xhat, grad_y
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _grad_sums_kernel(
+    grad_y_ptr, x_ptr, skip_ptr, weight_ptr, bias_ptr, add_ptr, mean_ptr, rstd_ptr, sums_ptr,
+    size, x_channels, skip_channels, add_stride, chunk, chunks, blocks, samples,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Sums of grad_u*xhat, grad_u and xhat over the pixels of this chunk: [3, N, K, C]."""
+    size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
+    n, k, begin, end, block, in_skip = _program(size, x_channels, chunk, chunks, 0, blocks, BLOCK_C)
+    first, last = _span(block, x_channels, skip_channels, BLOCK_C)
+    channel = first + tl.arange(0, BLOCK_C)
+    in_block = channel < last
+
+    all_channels = x_channels + skip_channels
+    group = n * (all_channels // GROUP) + channel // GROUP
+    mean = _row(mean_ptr, group, in_block)
+    rstd = _row(rstd_ptr, group, in_block)
+    weight = _row(weight_ptr, channel, in_block)
+    bias = _row(bias_ptr, channel, in_block)
+    add = tl.zeros([BLOCK_C], tl.float32)
+    if add_ptr is not None:
+        add = _row(add_ptr, n * add_stride + channel, in_block)
+
+    channels = tl.where(in_skip, skip_channels, x_channels)
+    local = channel - tl.where(in_skip, x_channels, 0)
+    pixel = tl.arange(0, BLOCK_P)
+    offsets = _offsets(pixel, local, channels, size, CHANNELS_LAST)
+    y_offsets = _offsets(pixel, channel, all_channels, size, CHANNELS_LAST)
+    source = _pixels(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
+    y_source = _pixels(grad_y_ptr, n, begin, all_channels, size, CHANNELS_LAST)
+    sum_weight = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    sum_bias = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    sum_xhat = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for tile in range(0, tl.cdiv(end - begin, BLOCK_P)):
+        valid = (begin + tile * BLOCK_P + pixel < end)[:, None] & in_block[None, :]
+        value = tl.load(source + offsets, mask=valid, other=0.0).to(tl.float32)
+        grad_y = tl.load(y_source + y_offsets, mask=valid, other=0.0).to(tl.float32)
+        xhat, grad_u = _normalised(value, grad_y, add, mean, rstd, weight, bias, SILU)
+        sum_weight += tl.where(valid, grad_u * xhat, 0.0)
+        sum_bias += tl.where(valid, grad_u, 0.0)
+        if add_ptr is not None:
+            sum_xhat += tl.where(valid, xhat, 0.0)
+        source += BLOCK_P * (channels if CHANNELS_LAST else 1)
+        y_source += BLOCK_P * (all_channels if CHANNELS_LAST else 1)
+
+    at = (n * chunks + k) * all_channels + channel
+    plane = samples.to(tl.int64) * chunks * all_channels
+    tl.store(sums_ptr + at, tl.sum(sum_weight, 0), mask=in_block)
+    tl.store(sums_ptr + plane + at, tl.sum(sum_bias, 0), mask=in_block)
+    if add_ptr is not None:
+        tl.store(sums_ptr + 2 * plane + at, tl.sum(sum_xhat, 0), mask=in_block)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _grad_groups_kernel(
+    sums_ptr, weight_ptr, rstd_ptr, channel_sums_ptr, group_means_ptr, grad_add_ptr,
+    size, all_channels, chunks, samples,
+    GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One group of one sample: its channels' sums over all chunks [2, N, C], the means of weight*grad_u*xhat and
+    weight*grad_u over the group [2, N, G], and with those the gradient of channel_add [N, C]."""
+    groups = all_channels // GROUP
+    n = (tl.program_id(0) // groups).to(tl.int64)
+    group = tl.program_id(0) % groups
+    member = tl.arange(0, BLOCK_D)
+    inside = member < GROUP
+    channel = group * GROUP + member
+
+    plane = samples.to(tl.int64) * chunks * all_channels
+    sum_weight = tl.zeros([BLOCK_D], tl.float32)
+    sum_bias = tl.zeros([BLOCK_D], tl.float32)
+    sum_xhat = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, chunks, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        present = (k < chunks)[:, None] & inside[None, :]
+        at = (n * chunks + k[:, None]) * all_channels + channel[None, :]
+        sum_weight += tl.sum(tl.load(sums_ptr + at, mask=present, other=0.0), 0)
+        sum_bias += tl.sum(tl.load(sums_ptr + plane + at, mask=present, other=0.0), 0)
+        if grad_add_ptr is not None:
+            sum_xhat += tl.sum(tl.load(sums_ptr + 2 * plane + at, mask=present, other=0.0), 0)
+
+    at = n * all_channels + channel
+    tl.store(channel_sums_ptr + at, sum_weight, mask=inside)
+    tl.store(channel_sums_ptr + samples.to(tl.int64) * all_channels + at, sum_bias, mask=inside)
+    weight = _row(weight_ptr, channel, inside)
+    elements = (size.to(tl.int64) * GROUP).to(tl.float32)
+    mean_xhat = tl.sum(weight * sum_weight, 0) / elements
+    mean_one = tl.sum(weight * sum_bias, 0) / elements
+    at_group = n * groups + group
+    tl.store(group_means_ptr + at_group, mean_xhat)
+    tl.store(group_means_ptr + samples.to(tl.int64) * groups + at_group, mean_one)
+    if grad_add_ptr is not None:
+        # sum over pixels of the gradient of v, without another pass over them
+        grad_add = weight * sum_bias - size.to(tl.float32) * mean_one - sum_xhat * mean_xhat
+        tl.store(grad_add_ptr + at, tl.load(rstd_ptr + at_group) * grad_add, mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _grad_input_kernel(
+    grad_y_ptr, x_ptr, skip_ptr, weight_ptr, bias_ptr, add_ptr, mean_ptr, rstd_ptr, group_means_ptr,
+    grad_x_ptr, grad_skip_ptr,
+    size, x_channels, skip_channels, add_stride, chunk, chunks, first_block, blocks, samples,
+    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """grad_v = rstd * (weight*grad_u - mean_group(weight*grad_u) - xhat * mean_group(weight*grad_u*xhat))."""
+    size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
+    n, k, begin, end, block, in_skip = _program(size, x_channels, chunk, chunks, first_block, blocks, BLOCK_C)
+    first, last = _span(block, x_channels, skip_channels, BLOCK_C)
+    channel = first + tl.arange(0, BLOCK_C)
+    in_block = channel < last
+
+    all_channels = x_channels + skip_channels
+    groups = all_channels // GROUP
+    group = n * groups + channel // GROUP
+    mean = _row(mean_ptr, group, in_block)
+    rstd = _row(rstd_ptr, group, in_block)
+    mean_xhat = _row(group_means_ptr, group, in_block)
+    mean_one = _row(group_means_ptr, samples.to(tl.int64) * groups + group, in_block)
+    weight = _row(weight_ptr, channel, in_block)
+    bias = _row(bias_ptr, channel, in_block)
+    add = tl.zeros([BLOCK_C], tl.float32)
+    if add_ptr is not None:
+        add = _row(add_ptr, n * add_stride + channel, in_block)
+
+    channels = tl.where(in_skip, skip_channels, x_channels)
+    local = channel - tl.where(in_skip, x_channels, 0)
+    pixel = tl.arange(0, BLOCK_P)
+    offsets = _offsets(pixel, local, channels, size, CHANNELS_LAST)
+    y_offsets = _offsets(pixel, channel, all_channels, size, CHANNELS_LAST)
+    source = _pixels(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
+    target = _pixels(tl.where(in_skip, grad_skip_ptr, grad_x_ptr), n, begin, channels, size, CHANNELS_LAST)
+    y_source = _pixels(grad_y_ptr, n, begin, all_channels, size, CHANNELS_LAST)
+    for tile in range(0, tl.cdiv(end - begin, BLOCK_P)):
+        valid = (begin + tile * BLOCK_P + pixel < end)[:, None] & in_block[None, :]
+        value = tl.load(source + offsets, mask=valid, other=0.0).to(tl.float32)
+        grad_y = tl.load(y_source + y_offsets, mask=valid, other=0.0).to(tl.float32)
+        xhat, grad_u = _normalised(value, grad_y, add, mean, rstd, weight, bias, SILU)
+        grad = rstd[None, :] * (weight[None, :] * grad_u - mean_one[None, :] - xhat * mean_xhat[None, :])
+        tl.store(target + offsets, grad.to(grad_x_ptr.dtype.element_ty), mask=valid)
+        source += BLOCK_P * (channels if CHANNELS_LAST else 1)
+        target += BLOCK_P * (channels if CHANNELS_LAST else 1)
+        y_source += BLOCK_P * (all_channels if CHANNELS_LAST else 1)
+
+
+def _empty(like: Tensor, channels: int, channels_last: bool) -> Tensor:
+    """[N, channels, *spatial] in the layout, dtype and device of `like`."""
+    samples, _, *spatial = like.shape
+    if not channels_last:
+        return like.new_empty((samples, channels, *spatial))
+    return like.new_empty((samples, *spatial, channels)).movedim(-1, 1)
+
+
+def _configure(x: Tensor, skip: Tensor | None, num_groups: int, channels_last: bool) -> tuple[Config, int, int, int]:
+    """(config, size, x_channels, skip_channels)"""
+    samples, x_channels = x.shape[:2]
+    skip_channels = 0 if skip is None else skip.shape[1]
+    size = x.numel() // (samples * x_channels)
+    config = configure(
+        samples, x_channels, skip_channels, size, num_groups, x.element_size(), channels_last, multiprocessors(x.device)
+    )
+    return config, size, x_channels, skip_channels
+
+
+def forward(
+    x: Tensor,  # [N, Cx, *spatial], contiguous or channels_last
+    skip: Tensor | None,  # [N, Cskip, *spatial], in the same layout and dtype
+    weight: Tensor,  # [C], in the dtype of x or fp32
+    bias: Tensor,  # [C]
+    channel_add: Tensor | None,  # [N, C], the last axis contiguous
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [N, C, *spatial] like x, mean fp32 [N, G], rstd fp32 [N, G]); the statistics are those of x + channel_add."""
+    config, size, x_channels, skip_channels = _configure(x, skip, num_groups, channels_last)
+    samples, channels = x.shape[0], x_channels + skip_channels
+    y = _empty(x, channels, channels_last)
+    mean, rstd = x.new_empty((2, samples, num_groups), dtype=torch.float32)
+    part_mean, part_m2 = x.new_empty((2, samples * config.blocks * config.slots * config.chunks), dtype=torch.float32)
+    # without a skip no block lies in it, and its pointer is never followed
+    sources = (x, x if skip is None else skip)
+    add_stride = 0 if channel_add is None else channel_add.stride(0)
+    sizes = (size, x_channels, skip_channels, add_stride, config.chunk, config.chunks, config.blocks)
+    tile = {
+        "CHANNELS_LAST": channels_last, "GROUP": channels // num_groups, "SLOTS": config.slots,
+        "BLOCK_P": config.block_p, "BLOCK_C": config.block_c, "VECTOR": config.vector,
+        "num_warps": config.num_warps,
+    }  # fmt: skip
+    grid = (config.programs(samples),)
+    with guard(x):
+        _statistics_kernel[grid](*sources, channel_add, part_mean, part_m2, *sizes, **tile)
+        _apply_kernel[grid](
+            *sources, weight, bias, channel_add, part_mean, part_m2, y, mean, rstd, *sizes, eps,
+            SILU=silu, PARTS=config.parts, BLOCK_K=max(16, 1024 // config.slots), **tile,
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def backward(
+    grad_y: Tensor,  # [N, C, *spatial], in the layout of x
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    channel_add: Tensor | None,
+    mean: Tensor,  # fp32 [N, G]
+    rstd: Tensor,  # fp32 [N, G]
+    num_groups: int,
+    silu: bool,
+    channels_last: bool,
+    needs: tuple[bool, bool, bool, bool, bool],  # x, skip, weight, bias, channel_add
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x and skip in their dtype, of weight, bias [C] and channel_add [N, C] in fp32; None where one is
+    not needed or its input absent."""
+    config, size, x_channels, skip_channels = _configure(x, skip, num_groups, channels_last)
+    samples, channels = x.shape[0], x_channels + skip_channels
+    group_size = channels // num_groups
+    need_x, need_skip, need_weight, need_bias, need_add = needs
+    need_skip, need_add = need_skip and skip is not None, need_add and channel_add is not None
+    if not (need_x or need_skip or need_weight or need_bias or need_add):
+        return None, None, None, None, None
+
+    sums = x.new_empty((3, samples, config.chunks, channels), dtype=torch.float32)
+    channel_sums = x.new_empty((2, samples, channels), dtype=torch.float32)
+    group_means = x.new_empty((2, samples, num_groups), dtype=torch.float32)
+    grad_add = x.new_empty((samples, channels), dtype=torch.float32) if need_add else None
+    inputs = (grad_y, x, x if skip is None else skip, weight, bias, channel_add, mean, rstd)
+    add_stride = 0 if channel_add is None else channel_add.stride(0)
+    sizes = (size, x_channels, skip_channels, add_stride, config.chunk, config.chunks)
+    tile = {
+        "SILU": silu, "CHANNELS_LAST": channels_last, "GROUP": group_size,
+        "BLOCK_P": config.block_p, "BLOCK_C": config.block_c, "VECTOR": config.vector,
+        "num_warps": config.num_warps,
+    }  # fmt: skip
+    block_d = triton.next_power_of_2(group_size)
+    with guard(x):
+        _grad_sums_kernel[(config.programs(samples),)](*inputs, sums, *sizes, config.blocks, samples, **tile)
+        _grad_groups_kernel[(samples * num_groups,)](
+            sums, weight, rstd, channel_sums, group_means, grad_add, size, channels, config.chunks, samples,
+            GROUP=group_size, BLOCK_D=block_d, BLOCK_K=max(1, 2048 // block_d), num_warps=4,
+        )  # fmt: skip
+        grad_x = _empty(x, x_channels, channels_last) if need_x else None
+        grad_skip = _empty(x, skip_channels, channels_last) if need_skip else None
+        if need_x or need_skip:
+            # blocks of x come first, then those of skip: leave out whichever is not needed
+            x_blocks = -(-x_channels // config.block_c)
+            first_block = 0 if need_x else x_blocks
+            blocks = (config.blocks if need_skip else x_blocks) - first_block
+            targets = (grad_x if need_x else grad_skip, grad_skip if need_skip else grad_x)
+            _grad_input_kernel[(samples * config.chunks * blocks,)](
+                *inputs, group_means, *targets, *sizes, first_block, blocks, samples, **tile
+            )
+    grad_weight, grad_bias = channel_sums.sum(1) if need_weight or need_bias else (None, None)
+    return grad_x, grad_skip, grad_weight if need_weight else None, grad_bias if need_bias else None, grad_add
