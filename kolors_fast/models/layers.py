@@ -23,7 +23,7 @@ def use_channels_last(model: nn.Module) -> None:
 
 def _store_channels_last(model: nn.Module, _keys: Any = None) -> None:
     for parameter in model.parameters():
-        if parameter.dim() == 4:
+        if parameter.dim() == 4 and type(parameter.data) is Tensor:  # a shard keeps the layout its owner gave it
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
@@ -175,6 +175,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x [B, N, C]; context [B, K, C'] or x itself; bias [B, K], added to every query's logits."""
         context = x if context is None else context
+        if bias is not None and bias.shape[-1] != context.shape[1]:
+            raise ValueError(
+                f"attention mask or bias: expected one value for each of {context.shape[1]} keys, "
+                f"got shape {list(bias.shape)}"
+            )
         q, k, v = (  # [B, heads, N or K, d]
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in (self.to_q(x), self.to_k(context), self.to_v(context))

@@ -22,6 +22,17 @@ from .unet_blocks import BlockShape, Conditioning, DownBlock, MidBlock, Timestep
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
+SIZES = (
+    "in_channels",
+    "out_channels",
+    "norm_num_groups",
+    "cross_attention_dim",
+    "encoder_hid_dim",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+)
+PER_LEVEL = ("block_out_channels", "layers_per_block", "transformer_layers_per_block", "attention_head_dim")
+
 # config values of diffusers' class that have one meaning here; unlisted ones must be unset
 FIXED = {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -56,6 +67,15 @@ FIXED = {
     "mid_block_only_cross_attention": None,
     "cross_attention_norm": None,
 }
+
+
+class Level(NamedTuple):
+    """One resolution, in the order of PER_LEVEL."""
+
+    width: int  # channels
+    layers: int  # residual blocks on the way down
+    depth: int  # transformer blocks per transformer
+    heads: int
 
 
 class UNet2DConditionOutput(NamedTuple):
@@ -101,47 +121,59 @@ class KolorsUNet(PretrainedModel):
         values = {k: v for k, v in locals().items() if k not in ("self", "__class__", "fixed")}
         super().__init__()
         self.register_config(**values, **_check_fixed(fixed))
-        levels = len(block_out_channels)
-        down_attends = _check_types("down_block_types", down_block_types, DOWN_TYPES, levels)
-        up_attends = _check_types("up_block_types", up_block_types, UP_TYPES, levels)
-        layers = _per_level("layers_per_block", layers_per_block, levels)
-        depths = _per_level("transformer_layers_per_block", transformer_layers_per_block, levels)
-        heads = _per_level("attention_head_dim", attention_head_dim, levels)
-        for channels, count in zip(block_out_channels, heads, strict=True):
-            if channels % count:
-                raise ValueError(f"attention_head_dim: expected a divisor of {channels} channels, got {count}")
+        for key in SIZES:
+            if not isinstance(self.config[key], int) or self.config[key] < 1:
+                raise ValueError(f"{key}: expected a positive number, got {self.config[key]!r}")
+        levels = _levels(self.config)
+        width, time_dim = levels[0].width, 4 * levels[0].width
 
-        widths = list(block_out_channels)
-        time_dim = 4 * widths[0]
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], time_dim)
+        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.time_embedding = TimestepEmbedding(width, time_dim)
         self.encoder_hid_proj = nn.Linear(encoder_hid_dim, cross_attention_dim)
         self.add_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, time_dim)
-
-        def shape(level: int, attends: bool) -> BlockShape:
-            depth = depths[level] if attends else 0
-            return BlockShape(time_dim, cross_attention_dim, heads[level], depth, norm_num_groups, norm_eps)
-
-        self.down_blocks = nn.ModuleList()
-        skips = [widths[0]]  # channels of the maps that the up path reads, in the order made
-        for i, width in enumerate(widths):
-            last = i == levels - 1
-            self.down_blocks.append(
-                DownBlock(widths[max(i - 1, 0)], width, layers[i], shape(i, down_attends[i]), downsample=not last)
-            )
-            skips += [width] * (layers[i] + (not last))
-
-        self.up_blocks = nn.ModuleList()
-        above = widths[-1]
-        for i, level in enumerate(reversed(range(levels))):
-            taken = [skips.pop() for _ in range(layers[level] + 1)]
-            self.up_blocks.append(UpBlock(above, widths[level], taken, shape(level, up_attends[i]), upsample=level > 0))
-            above = widths[level]
-        self.mid_block = MidBlock(widths[-1], shape(levels - 1, True))  # after up_blocks: diffusers' key order
-
-        self.conv_norm_out = GroupNorm(norm_num_groups, widths[0], norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        # the mid block comes last, as in diffusers' state dict
+        self.down_blocks, skip_channels = self._build_down(levels)
+        self.up_blocks = self._build_up(levels, skip_channels)
+        self.mid_block = MidBlock(levels[-1].width, self._shape(levels[-1], True))
+        self.conv_norm_out = GroupNorm(norm_num_groups, width, norm_eps)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         use_channels_last(self)
+
+    def _shape(self, level: Level, attends: bool) -> BlockShape:
+        config = self.config
+        return BlockShape(
+            time_dim=4 * config.block_out_channels[0],
+            text_dim=config.cross_attention_dim,
+            heads=level.heads,
+            depth=level.depth if attends else 0,
+            num_groups=config.norm_num_groups,
+            eps=config.norm_eps,
+        )
+
+    def _build_down(self, levels: Sequence[Level]) -> tuple[nn.ModuleList, list[int]]:
+        """The blocks, and the channels of every map that the up path will read, in the order made."""
+        attends = _attends("down_block_types", self.config, DOWN_TYPES)
+        blocks = nn.ModuleList()
+        width = levels[0].width
+        skip_channels = [width]
+        for level, attend in zip(levels, attends, strict=True):
+            last = level is levels[-1]
+            shape = self._shape(level, attend)
+            blocks.append(DownBlock(width, level.width, level.layers, shape, downsample=not last))
+            width = level.width
+            skip_channels += [width] * (level.layers + (not last))
+        return blocks, skip_channels
+
+    def _build_up(self, levels: Sequence[Level], skip_channels: list[int]) -> nn.ModuleList:
+        attends = _attends("up_block_types", self.config, UP_TYPES)
+        blocks = nn.ModuleList()
+        width = levels[-1].width
+        for level, attend in zip(reversed(levels), attends, strict=True):
+            taken = [skip_channels.pop() for _ in range(level.layers + 1)]
+            shape = self._shape(level, attend)
+            blocks.append(UpBlock(width, level.width, taken, shape, upsample=level is not levels[0]))
+            width = level.width
+        return blocks
 
     def forward(
         self,
@@ -207,14 +239,16 @@ class KolorsUNet(PretrainedModel):
                 self_bias=_mask_bias(attention_mask, sample.dtype),
                 text_bias=_sum(_mask_bias(encoder_attention_mask, sample.dtype), encoder_key_bias),
             )
-            _check_bias("encoder_attention_mask or encoder_key_bias", cond.text_bias, cond.text.shape[:2])
             noise = self.denoise(sample, cond, control, adapter)
         return UNet2DConditionOutput(noise) if return_dict else (noise,)
 
     def embed_time(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
         """Timestep(s) -> [B, time_dim]."""
         batch = sample.shape[0]
-        t = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        if isinstance(timestep, Tensor):
+            t = timestep.to(sample.device).reshape(-1)
+        else:  # filled on the device: a copy from the host would wait for it
+            t = torch.full((1,), float(timestep), device=sample.device)
         if t.numel() not in (1, batch):
             raise ValueError(f"timestep: expected 1 or {batch} numbers, got {t.numel()}")
         return self.time_embedding(self._sinusoid(t.expand(batch), self.config.block_out_channels[0]).to(sample.dtype))
@@ -311,18 +345,28 @@ def _check_fixed(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**FIXED, **{k: v for k, v in given.items() if v is not None}}
 
 
-def _check_types(key: str, types: Sequence[str], known: Mapping[str, bool], levels: int) -> list[bool]:
+def _levels(config: Mapping[str, Any]) -> list[Level]:
+    """The per-level values, from lists or from one number for all."""
+    count = len(config["block_out_channels"])
+    columns = []
+    for key in PER_LEVEL:
+        values = [config[key]] * count if isinstance(config[key], int) else list(config[key])
+        if len(values) != count or not all(isinstance(v, int) and v > 0 for v in values):
+            raise ValueError(f"{key}: expected a positive number or {count} of them, got {config[key]!r}")
+        columns.append(values)
+    levels = [Level(*row) for row in zip(*columns, strict=True)]
+    for level in levels:
+        if level.width % level.heads:
+            raise ValueError(f"attention_head_dim: expected a divisor of {level.width} channels, got {level.heads}")
+    return levels
+
+
+def _attends(key: str, config: Mapping[str, Any], known: Mapping[str, bool]) -> list[bool]:
     """Whether each block has transformers."""
-    if len(types) != levels or not set(types) <= set(known):
-        raise ValueError(f"{key}: expected {levels} of {', '.join(known)}, got {list(types)}")
+    types, count = config[key], len(config["block_out_channels"])
+    if len(types) != count or not set(types) <= set(known):
+        raise ValueError(f"{key}: expected {count} of {', '.join(known)}, got {list(types)}")
     return [known[kind] for kind in types]
-
-
-def _per_level(key: str, value: int | Sequence[int], levels: int) -> list[int]:
-    values = [value] * levels if isinstance(value, int) else list(value)
-    if len(values) != levels or not all(isinstance(v, int) and v > 0 for v in values):
-        raise ValueError(f"{key}: expected a positive number or {levels} of them, got {value!r}")
-    return values
 
 
 def _mask_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -334,8 +378,3 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
-
-
-def _check_bias(name: str, bias: Tensor | None, shape: torch.Size) -> None:
-    if bias is not None and bias.shape != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(bias.shape)}")
