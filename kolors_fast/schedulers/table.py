@@ -1,0 +1,115 @@
+"""A sampler is a table: every scheduler here is affine in (sample, guided prediction, previous prediction, noise)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..ops.guided_step import guided_step
+
+Row = tuple[float, float, float, float, float, float]
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """All steps of one run, built in float64 on the host.
+
+    Row i turns the sample into the next one:
+
+        guided   = sum_p weights[p] * predictions_p
+        denoised = c4 * sample + c5 * guided
+        next     = c0 * sample + c1 * guided + c2 * previous + c3 * noise
+
+    `previous` is the denoised of the step before (multistep samplers); where `clip` is set it is this step's own
+    denoised, clamped to [-clip, clip], and `next` is affine in that.
+    """
+
+    timesteps: Tensor  # [N], float32 or int64: what the model is told
+    input_scale: tuple[float, ...]  # [N], the model sees sample * input_scale
+    coefficients: Tensor  # [N, 6] float64
+    needs_noise: tuple[bool, ...]  # [N], a draw is made, even where c3 is 0, so that generators advance as in diffusers
+    initial_scale: float  # standard deviation of the first sample
+    noise_dtype: torch.dtype | None = None  # None: the sample's dtype
+    uses_previous: bool = False
+    clip: float | None = None
+    _moved: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.coefficients)
+
+    def coefficients_on(self, device: torch.device) -> Tensor:
+        """The coefficients as float32 [N, 6] on `device`, copied there once."""
+        if device not in self._moved:
+            self._moved[device] = self.coefficients.to(device=device, dtype=torch.float32)
+        return self._moved[device]
+
+    def advance(
+        self,
+        index: int,
+        sample: Tensor,  # [B, ...]
+        predictions: Tensor,  # [P * B, ...]
+        weights: Tensor,  # [P] float32
+        *,
+        previous: Tensor | None = None,  # [B, ...]
+        noise: Tensor | None = None,  # [B, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Execute row `index`; returns (next, denoised), both in the sample's dtype."""
+        coefficients = self.coefficients_on(sample.device)[index]
+        noise = None if noise is None else noise.to(sample.dtype)
+        if self.clip is not None:
+            _, denoised = _two(guided_step(sample, predictions, weights, coefficients, return_denoised=True))
+            previous = denoised.clamp(-self.clip, self.clip)
+        after, denoised = _two(
+            guided_step(
+                sample, predictions, weights, coefficients, previous=previous, noise=noise, return_denoised=True
+            )
+        )
+        return after, denoised if self.clip is None or previous is None else previous
+
+
+def _two(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    assert isinstance(output, tuple)
+    return output
+
+
+def denoised_from(prediction_type: str, alpha: float, sigma: float) -> tuple[float, float]:
+    """Coefficients (a, b) of x0 = a * sample + b * prediction, where sample = alpha * x0 + sigma * noise.
+
+    v = alpha' * noise - sigma' * x0 with (alpha', sigma') scaled to unit length (Salimans & Ho 2022,
+    https://arxiv.org/abs/2202.00512), so the same formula serves variance-preserving and exploding samples.
+    """
+    if prediction_type == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    if prediction_type == "sample":
+        return 0.0, 1.0
+    if prediction_type == "v_prediction":
+        squared = alpha**2 + sigma**2
+        return alpha / squared, -sigma / squared**0.5
+    raise ValueError(f"prediction_type: expected 'epsilon', 'v_prediction' or 'sample', got {prediction_type!r}")
+
+
+def affine_row(
+    x0: tuple[float, float], *, sample: float, denoised: float, previous: float = 0.0, noise: float = 0.0
+) -> Row:
+    """Row of next = sample * x + denoised * x0 + previous * (x0 of the step before) + noise * n."""
+    return (sample + denoised * x0[0], denoised * x0[1], previous, noise, *x0)
+
+
+def draw_noise(
+    shape: tuple[int, ...],
+    generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Standard normal noise; with a list, one generator per item of the batch.
+
+    Drawn on the generator's own device and moved, so that a CPU generator gives the same noise everywhere.
+    """
+    if isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f"generator: expected a list of {shape[0]} generators, got {len(generator)}")
+        return torch.cat([draw_noise((1, *shape[1:]), one, device, dtype) for one in generator])
+    source = generator.device if generator is not None else device
+    return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
