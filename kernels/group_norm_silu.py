@@ -201,7 +201,8 @@ def _statistics_kernel(
     channel_mean = tl.sum(seen * mean, 0) / count
     deviation = mean - channel_mean[None, :]
     channel_m2 = tl.sum(tl.where(seen > 0, m2 + seen * deviation * deviation, 0.0), 0)
-    channel_mean += pivot
+    # where the pivot outweighs the mean, what rounding took from the first sum is still in the deviations
+    channel_mean = (pivot + channel_mean) + tl.sum(seen * deviation, 0) / count
     if add_ptr is not None:
         channel_mean += _row(add_ptr, n * add_stride + channel, in_block)
 

@@ -74,8 +74,8 @@ def _step_kernel(
 
 
 def step(
-    sample: Tensor,  # [B, ...], contiguous
-    predictions: Tensor,  # [P*B, ...], contiguous: P stacked on the batch axis
+    sample: Tensor,  # [B, ...], dense; all tensors in one memory format
+    predictions: Tensor,  # [P*B, ...]: P predictions stacked on the batch axis
     weights: Tensor,  # fp32 [P]
     coefficients: Tensor,  # fp32 [6], or [steps, 6] with row
     row: Tensor | None,  # int64 [1], read on the device: no host sync
@@ -85,7 +85,7 @@ def step(
 ) -> tuple[Tensor, Tensor | None]:
     """(next, denoised or None), both like `sample`."""
     elements = sample.numel()
-    result = torch.empty_like(sample, memory_format=torch.contiguous_format)
+    result = torch.empty_like(sample)
     denoised = torch.empty_like(result) if return_denoised else None
     config = configure(elements, min(sample.element_size(), predictions.element_size()))
     with guard(sample):
