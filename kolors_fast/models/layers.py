@@ -132,10 +132,11 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, padding: int = 1) -> None:
         super().__init__()
+        self.padding = padding
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x if self.conv.padding != (0, 0) else F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):

@@ -359,7 +359,9 @@ class Strengthened(nn.Module):
         self.strength = scale
 
 
-WRAPPED = ("conv1", "conv_shortcut", "time_emb_proj", "proj_in", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj")
+RESNET = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
+TRANSFORMER = ("proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+WRAPPED = (*RESNET, *TRANSFORMER, ".conv", "linear_1", "conv_in", "conv_out", "encoder_hid_proj")
 
 
 def wrap(model: nn.Module) -> list[Strengthened]:
@@ -380,6 +382,7 @@ def test_injected_layers_are_honoured_and_scaled(scale: float) -> None:
     with torch.no_grad():
         before = ours(**arguments).sample
         injected = wrap(ours)
+        assert len(injected) > 50
         for layer in wrap(theirs):
             layer.strength = scale
         given = {"scale": scale}
