@@ -1,0 +1,46 @@
+// kolors_fast._cuda: the CUDA launchers, with every pointer and the stream as a Python integer (0 = absent).
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cuda/group_norm_silu.cuh"
+#include "cuda/group_norm_silu_backward.cuh"
+#include "cuda/guided_step.cuh"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+using Argument = std::conditional_t<std::is_pointer_v<T>, uintptr_t, T>;
+
+template <typename T>
+T from_argument(Argument<T> value) {
+    if constexpr (std::is_pointer_v<T>) {
+        return reinterpret_cast<T>(value);
+    } else {
+        return value;
+    }
+}
+
+template <typename... T>
+void define(py::module_& m, const char* name, cudaError_t (*launch)(T...)) {
+    m.def(name, [name, launch](Argument<T>... arguments) {
+        const cudaError_t error = launch(from_argument<T>(arguments)...);
+        if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+    });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+    m.doc() = "CUDA kernels of kolors_fast: raw pointers in, dtype codes 0 fp32, 1 fp16, 2 bf16, stream last.";
+    define(m, "group_norm_silu_forward", &kolors_fast::group_norm_silu_forward);
+    define(m, "group_norm_silu_backward", &kolors_fast::group_norm_silu_backward);
+    define(m, "guided_step", &kolors_fast::guided_step);
+    m.def("group_norm_silu_workspace", &kolors_fast::group_norm_silu_workspace, py::arg("n"), py::arg("c_total"),
+          py::arg("hw"), py::arg("groups"), py::arg("channels_last"), py::arg("backward"),
+          "Bytes of workspace that a call on the current device needs; its contents do not matter.");
+}

@@ -1,0 +1,469 @@
+// Backward of GroupNorm+SiLU. With x_hat = (x + channel_add - mean) * rstd, z = x_hat * weight + bias and
+// d = grad_y * silu'(z), one pass over grad_y and x leaves per (sample, channel)
+//   D = sum d,   E = sum d * x_hat,   X = sum x_hat
+// from which everything but grad_x follows: grad_bias = sum_n D, grad_weight = sum_n E, the two means of a group
+//   m1 = sum_c weight * D / count,   m2 = sum_c weight * E / count,
+// and grad_channel_add = rstd * (weight * D - hw * m1 - m2 * X). A second pass writes
+//   grad_x = rstd * (d * weight - m1 - x_hat * m2).
+// x_hat is recomputed from mean and rstd. Sums are fp32 in a fixed order, without atomics.
+#pragma once
+
+#include "group_norm_silu.cuh"
+
+namespace kolors_fast {
+
+// two tensors are read, so 32 bytes of each are in flight per thread
+template <int V>
+constexpr int kBackwardUnroll = V == 1 ? 4 : 2;
+constexpr int kSums = 3;
+constexpr int kTotalThreads = 128;
+
+struct GroupNormBackward {
+    const void* grad_y;       // [n, c + c_skip, hw] or [n, hw, c + c_skip]
+    const void* x;            // [n, c, hw] or [n, hw, c]
+    const void* skip;         // the same with c_skip, or absent
+    const void* weight;       // [c + c_skip]
+    const void* bias;         // [c + c_skip]
+    const void* channel_add;  // [n, c + c_skip] or absent
+    const float* mean;        // [n, groups]
+    const float* rstd;        // [n, groups]
+    void* grad_x;             // like x, or not wanted
+    void* grad_skip;          // like skip, or not wanted
+    float* grad_weight;       // [c + c_skip] or not wanted
+    float* grad_bias;         // [c + c_skip] or not wanted
+    float* grad_channel_add;  // [n, c + c_skip] or not wanted
+    float* partials;          // [n, chunks, D E X, c + c_skip]
+    float* totals;            // [n, D E X, c + c_skip]
+    float2* group_means;      // [n, groups]: m1, m2
+    GroupNormShape shape;
+    GroupNormPlan plan;
+    int weight_dtype;
+    bool silu;
+};
+
+// What is constant along one channel of one sample.
+struct ChannelTerms {
+    float center, rstd, weight, bias;
+};
+
+template <typename T>
+__device__ __forceinline__ ChannelTerms channel_terms(const GroupNormBackward& a, int64_t n, int channel) {
+    const int all = static_cast<int>(a.shape.c + a.shape.c_skip);
+    const int64_t group = n * a.shape.groups + channel / (all / static_cast<int>(a.shape.groups));
+    const T* add = static_cast<const T*>(a.channel_add);
+    return {a.mean[group] - (add ? to_float(add[n * all + channel]) : 0.0f), a.rstd[group],
+            load_any(a.weight, channel, a.weight_dtype), load_any(a.bias, channel, a.weight_dtype)};
+}
+
+// grad_y * silu'(z), with silu'(z) = s * (1 + z * (1 - s)) and s = sigmoid(z)
+template <typename T>
+__device__ __forceinline__ float grad_before_silu(float grad_y, float z, bool silu) {
+    if (!silu) return grad_y;
+    const float s = sigmoid<T>(z);
+    return grad_y * (s * (1.0f + z * (1.0f - s)));
+}
+
+// D, E and X of V neighbouring channels
+template <int V>
+struct ChannelSums {
+    float sums[kSums][V] = {};
+
+    __device__ __forceinline__ void add(int j, float d, float x_hat) {
+        sums[0][j] += d;
+        sums[1][j] += d * x_hat;
+        sums[2][j] += x_hat;
+    }
+};
+
+__device__ __forceinline__ float* partial_of(const GroupNormBackward& a, int64_t n, int chunk, int sum, int channel) {
+    const int64_t all = a.shape.c + a.shape.c_skip;
+    return a.partials + ((n * a.plan.chunks + chunk) * kSums + sum) * all + channel;
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, kBackwardResidency)
+    group_norm_sums_channels_last(const GroupNormBackward a) {
+    KF_SHARED(float, shared);  // [kSums * V][threads]
+    constexpr int U = kBackwardUnroll<V>;
+    const GroupNormShape& s = a.shape;
+    const GroupNormPlan& p = a.plan;
+    const Tile t = tile_of(s, p);
+    const int lane = threadIdx.x / p.columns;
+    const int column = threadIdx.x % p.columns;
+    const int channel = t.channel + column * V;
+    const bool active = lane < p.row_lanes && column * V < t.channels;
+
+    ChannelSums<V> sums;
+    if (active) {
+        const int64_t all = s.c + s.c_skip;
+        const T* const grad = static_cast<const T*>(a.grad_y) + t.n * s.hw * all + channel;
+        const Column<const T> in =
+            column_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, t.n, channel);
+        ChannelTerms terms[V];
+#pragma unroll
+        for (int j = 0; j < V; ++j) terms[j] = channel_terms<T>(a, t.n, channel + j);
+        for (int row = t.row_begin + lane; row < t.row_end; row += U * p.row_lanes) {
+            Pack<T, V> grads[U], packs[U];
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                const int r = row + u * p.row_lanes;
+                if (r < t.row_end) {
+                    grads[u] = load<T, V>(grad + r * all);
+                    packs[u] = load<T, V>(in.base + r * in.stride);
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+                if (row + u * p.row_lanes < t.row_end) {
+#pragma unroll
+                    for (int j = 0; j < V; ++j) {
+                        const float x_hat = (packs[u].get(j) - terms[j].center) * terms[j].rstd;
+                        const float z = x_hat * terms[j].weight + terms[j].bias;
+                        sums.add(j, grad_before_silu<T>(grads[u].get(j), z, a.silu), x_hat);
+                    }
+                }
+            }
+        }
+    }
+
+    // halve the row lanes until one is left
+    int half = 1;
+    while (half < p.row_lanes) half *= 2;
+    for (half /= 2; half > 0; half /= 2) {
+        if (active && lane >= half && lane < 2 * half) {
+            const int slot = (lane - half) * p.columns + column;
+#pragma unroll
+            for (int i = 0; i < kSums * V; ++i) shared[i * kThreads + slot] = sums.sums[i / V][i % V];
+        }
+        __syncthreads();
+        if (active && lane < half && lane + half < p.row_lanes) {
+#pragma unroll
+            for (int i = 0; i < kSums * V; ++i) sums.sums[i / V][i % V] += shared[i * kThreads + threadIdx.x];
+        }
+        __syncthreads();
+    }
+    if (active && lane == 0) {
+#pragma unroll
+        for (int i = 0; i < kSums * V; ++i) {
+            *partial_of(a, t.n, t.chunk, i / V, channel + i % V) = sums.sums[i / V][i % V];
+        }
+    }
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, kBackwardResidency) group_norm_sums_planes(const GroupNormBackward a) {
+    constexpr int U = kBackwardUnroll<V>;
+    const GroupNormShape& s = a.shape;
+    const Segment g = segment_of(s, a.plan);
+    if (!g.valid) return;
+    const T* const grad = static_cast<const T*>(a.grad_y) + (g.n * (s.c + s.c_skip) + g.channel) * s.hw;
+    const T* const in = plane_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, g.n, g.channel);
+    const ChannelTerms terms = channel_terms<T>(a, g.n, g.channel);
+    const int lane = threadIdx.x % kWarp;
+    ChannelSums<1> sums;
+    for (int i = g.begin + lane * V; i < g.end; i += U * kWarp * V) {
+        Pack<T, V> grads[U], packs[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const int at = i + u * kWarp * V;
+            if (at < g.end) {
+                grads[u] = load<T, V>(grad + at);
+                packs[u] = load<T, V>(in + at);
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            if (i + u * kWarp * V < g.end) {
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    const float x_hat = (packs[u].get(j) - terms.center) * terms.rstd;
+                    const float z = x_hat * terms.weight + terms.bias;
+                    sums.add(0, grad_before_silu<T>(grads[u].get(j), z, a.silu), x_hat);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+        const float sum = warp_sum(sums.sums[i][0]);
+        if (lane == 0) *partial_of(a, g.n, g.chunk, i, g.channel) = sum;
+    }
+}
+
+// One block per (sample, group): totals over the chunks, the two means, and grad_channel_add.
+__global__ void __launch_bounds__(kTotalThreads) group_norm_group_means(const GroupNormBackward a) {
+    KF_SHARED(float, shared);  // [kSums][kTotalThreads]
+    const GroupNormShape& s = a.shape;
+    const int64_t all = s.c + s.c_skip;
+    const int groups = static_cast<int>(s.groups);
+    const int per_group = static_cast<int>(all) / groups;
+    const int64_t n = blockIdx.x / groups;
+    const int first = blockIdx.x % groups * per_group;
+    const int columns = min(per_group, kTotalThreads);
+    const int lanes = kTotalThreads / columns;
+    const int column = threadIdx.x % columns;
+    const int lane = threadIdx.x / columns;
+
+    float weighted_d = 0.0f;
+    float weighted_e = 0.0f;
+    for (int begin = 0; begin < per_group; begin += columns) {
+        const bool exists = begin + column < per_group;
+        const int channel = first + begin + column;
+        float sums[kSums] = {};
+        if (exists && lane < lanes) {
+            for (int chunk = lane; chunk < a.plan.chunks; chunk += lanes) {
+#pragma unroll
+                for (int i = 0; i < kSums; ++i) sums[i] += *partial_of(a, n, chunk, i, channel);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) shared[i * kTotalThreads + threadIdx.x] = sums[i];
+        __syncthreads();
+        if (exists && lane == 0) {
+            for (int other = 1; other < lanes; ++other) {
+#pragma unroll
+                for (int i = 0; i < kSums; ++i) sums[i] += shared[i * kTotalThreads + other * columns + column];
+            }
+#pragma unroll
+            for (int i = 0; i < kSums; ++i) a.totals[(n * kSums + i) * all + channel] = sums[i];
+            const float weight = load_any(a.weight, channel, a.weight_dtype);
+            weighted_d += weight * sums[0];
+            weighted_e += weight * sums[1];
+        }
+        __syncthreads();
+    }
+
+    constexpr int kWarps = kTotalThreads / kWarp;
+    weighted_d = warp_sum(weighted_d);
+    weighted_e = warp_sum(weighted_e);
+    if (threadIdx.x % kWarp == 0) {
+        shared[threadIdx.x / kWarp] = weighted_d;
+        shared[kWarps + threadIdx.x / kWarp] = weighted_e;
+    }
+    __syncthreads();
+    float m1 = 0.0f;
+    float m2 = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+        m1 += shared[w];
+        m2 += shared[kWarps + w];
+    }
+    const float positions = static_cast<float>(s.hw);
+    const float count = positions * static_cast<float>(per_group);
+    m1 /= count;
+    m2 /= count;
+    if (threadIdx.x == 0) a.group_means[blockIdx.x] = make_float2(m1, m2);
+    if (!a.grad_channel_add || lane != 0) return;
+    const float rstd = a.rstd[blockIdx.x];
+    for (int channel = first + column; channel < first + per_group; channel += columns) {
+        const float d = a.totals[n * kSums * all + channel];  // this thread wrote them
+        const float x_hat = a.totals[(n * kSums + 2) * all + channel];
+        const float weight = load_any(a.weight, channel, a.weight_dtype);
+        a.grad_channel_add[n * all + channel] = rstd * (weight * d - positions * m1 - m2 * x_hat);
+    }
+}
+
+// A thread per channel adds the samples in order.
+__global__ void __launch_bounds__(kTotalThreads) group_norm_grad_affine(const GroupNormBackward a) {
+    const int64_t all = a.shape.c + a.shape.c_skip;
+    const int64_t channel = static_cast<int64_t>(blockIdx.x) * kTotalThreads + threadIdx.x;
+    if (channel >= all) return;
+    float d = 0.0f;
+    float e = 0.0f;
+    for (int64_t n = 0; n < a.shape.n; ++n) {
+        d += a.totals[n * kSums * all + channel];
+        e += a.totals[(n * kSums + 1) * all + channel];
+    }
+    if (a.grad_bias) a.grad_bias[channel] = d;
+    if (a.grad_weight) a.grad_weight[channel] = e;
+}
+
+// grad_x of one element
+template <typename T>
+__device__ __forceinline__ float grad_input(float grad_y, float x, const ChannelTerms& terms, float2 means, bool silu) {
+    const float x_hat = (x - terms.center) * terms.rstd;
+    const float z = x_hat * terms.weight + terms.bias;
+    const float d = grad_before_silu<T>(grad_y, z, silu);
+    return terms.rstd * (d * terms.weight - means.x - x_hat * means.y);
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, kBackwardResidency)
+    group_norm_grad_channels_last(const GroupNormBackward a) {
+    constexpr int U = kBackwardUnroll<V>;
+    const GroupNormShape& s = a.shape;
+    const GroupNormPlan& p = a.plan;
+    const Tile t = tile_of(s, p);
+    const int lane = threadIdx.x / p.columns;
+    const int column = threadIdx.x % p.columns;
+    if (lane >= p.row_lanes || column * V >= t.channels) return;
+    const int channel = t.channel + column * V;
+    const int64_t all = s.c + s.c_skip;
+    const T* const grad = static_cast<const T*>(a.grad_y) + t.n * s.hw * all + channel;
+    const Column<const T> in = column_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, t.n, channel);
+    const Column<T> out = column_of(static_cast<T*>(a.grad_x), static_cast<T*>(a.grad_skip), s, t.n, channel);
+    if (!out.base) return;
+    const int per_group = t.channels / t.groups;
+    ChannelTerms terms[V];
+    float2 means[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        terms[j] = channel_terms<T>(a, t.n, channel + j);
+        means[j] = a.group_means[t.n * s.groups + t.group + (p.parts == 1 ? (column * V + j) / per_group : 0)];
+    }
+    const int step = U * p.row_lanes;
+    const int first = t.row_begin + lane;
+    for (int row = first + (t.row_end - 1 - t.row_begin) / step * step; row >= first; row -= step) {
+        Pack<T, V> grads[U], packs[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const int r = row + u * p.row_lanes;
+            if (r < t.row_end) {
+                grads[u] = load<T, V>(grad + r * all);
+                packs[u] = load<T, V>(in.base + r * in.stride);
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const int r = row + u * p.row_lanes;
+            if (r < t.row_end) {
+                float v[V];
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    v[j] = grad_input<T>(grads[u].get(j), packs[u].get(j), terms[j], means[j], a.silu);
+                }
+                store<T, V>(out.base + r * out.stride, v);
+            }
+        }
+    }
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, kBackwardResidency) group_norm_grad_planes(const GroupNormBackward a) {
+    constexpr int U = kBackwardUnroll<V>;
+    const GroupNormShape& s = a.shape;
+    const Segment g = segment_of(s, a.plan);
+    if (!g.valid) return;
+    const T* const grad = static_cast<const T*>(a.grad_y) + (g.n * (s.c + s.c_skip) + g.channel) * s.hw;
+    const T* const in = plane_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, g.n, g.channel);
+    T* const out = plane_of(static_cast<T*>(a.grad_x), static_cast<T*>(a.grad_skip), s, g.n, g.channel);
+    if (!out) return;
+    const ChannelTerms terms = channel_terms<T>(a, g.n, g.channel);
+    const float2 means = a.group_means[g.n * s.groups + g.channel / a.plan.parts];
+    constexpr int kStep = U * kWarp * V;
+    const int first = g.begin + threadIdx.x % kWarp * V;
+    for (int i = first + (g.end - 1 - g.begin) / kStep * kStep; i >= first; i -= kStep) {
+        Pack<T, V> grads[U], packs[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const int at = i + u * kWarp * V;
+            if (at < g.end) {
+                grads[u] = load<T, V>(grad + at);
+                packs[u] = load<T, V>(in + at);
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            const int at = i + u * kWarp * V;
+            if (at < g.end) {
+                float v[V];
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    v[j] = grad_input<T>(grads[u].get(j), packs[u].get(j), terms, means, a.silu);
+                }
+                store<T, V>(out + at, v);
+            }
+        }
+    }
+}
+
+template <typename T, int V>
+inline cudaError_t launch_backward(const GroupNormBackward& a, bool channels_last, cudaStream_t stream) {
+    const GroupNormPlan& p = a.plan;
+    const GroupNormShape& s = a.shape;
+    const dim3 grid(static_cast<unsigned>(p.blocks));
+    const dim3 block(p.threads);
+    auto sums = group_norm_sums_planes<T, V>;
+    auto grad = group_norm_grad_planes<T, V>;
+    size_t sums_bytes = 0;
+    if (channels_last) {
+        sums = group_norm_sums_channels_last<T, V>;
+        grad = group_norm_grad_channels_last<T, V>;
+        sums_bytes = kSums * V * kThreads * sizeof(float);
+    }
+    KF_LAUNCH(sums, grid, block, sums_bytes, stream, a);
+    const size_t totals_bytes = kSums * kTotalThreads * sizeof(float);
+    const dim3 groups(static_cast<unsigned>(s.n * s.groups));
+    KF_LAUNCH(group_norm_group_means, groups, dim3(kTotalThreads), totals_bytes, stream, a);
+    if (a.grad_weight || a.grad_bias) {
+        const dim3 channels(static_cast<unsigned>(ceil_div(s.channels(), kTotalThreads)));
+        KF_LAUNCH(group_norm_grad_affine, channels, dim3(kTotalThreads), 0, stream, a);
+    }
+    if (a.grad_x || a.grad_skip) KF_LAUNCH(grad, grid, block, 0, stream, a);
+    return cudaGetLastError();
+}
+
+// an empty batch still has gradients of its parameters: zero
+inline cudaError_t clear(float* grad, int64_t count, cudaStream_t stream) {
+    return grad && count ? cudaMemsetAsync(grad, 0, count * sizeof(float), stream) : cudaSuccess;
+}
+
+// Any of the five gradients may be absent (0). grad_x and grad_skip have the dtype of x, the others are fp32.
+// The workspace has group_norm_silu_workspace(...) bytes and may hold anything.
+inline cudaError_t group_norm_silu_backward(const void* grad_y, const void* x, const void* skip, const void* weight,
+                                            const void* bias, const void* channel_add, const float* mean,
+                                            const float* rstd, void* grad_x, void* grad_skip, float* grad_weight,
+                                            float* grad_bias, float* grad_channel_add, void* workspace, int64_t n,
+                                            int64_t c, int64_t c_skip, int64_t hw, int64_t groups, bool silu,
+                                            bool channels_last, int dtype, int weight_dtype, cudaStream_t stream) {
+    const GroupNormShape shape{n, c, c_skip, hw, groups};
+    if (!valid_shape(shape, dtype, weight_dtype)) return cudaErrorInvalidValue;
+    const int64_t all = shape.channels();
+    if (n == 0 || hw == 0) {
+        for (const auto& [grad, count] : {std::pair{grad_weight, all}, {grad_bias, all}, {grad_channel_add, n * all}}) {
+            if (const cudaError_t error = clear(grad, count, stream); error != cudaSuccess) return error;
+        }
+        return cudaSuccess;
+    }
+    int processors = 0;
+    if (const cudaError_t error = multiprocessors(&processors); error != cudaSuccess) return error;
+    const bool aligned = aligned16(grad_y, x, skip, grad_x, grad_skip);
+    const int vector = vector_width(shape, channels_last, dtype, aligned);
+    const GroupNormPlan plan = group_norm_plan(shape, channels_last, vector, true, processors);
+    if (!launchable(shape, plan)) return cudaErrorInvalidValue;
+    float2* const group_means = static_cast<float2*>(workspace);
+    float* const totals = reinterpret_cast<float*>(group_means + n * groups);
+    const GroupNormBackward a{grad_y,
+                              x,
+                              skip,
+                              weight,
+                              bias,
+                              channel_add,
+                              mean,
+                              rstd,
+                              grad_x,
+                              grad_skip,
+                              grad_weight,
+                              grad_bias,
+                              grad_channel_add,
+                              totals + kSums * n * all,
+                              totals,
+                              group_means,
+                              shape,
+                              plan,
+                              weight_dtype,
+                              silu};
+    switch (dtype) {
+        case kFloat32:
+            return vector == 1 ? launch_backward<float, 1>(a, channels_last, stream)
+                               : launch_backward<float, 4>(a, channels_last, stream);
+        case kFloat16:
+            return vector == 1 ? launch_backward<__half, 1>(a, channels_last, stream)
+                               : launch_backward<__half, 8>(a, channels_last, stream);
+        default:
+            return vector == 1 ? launch_backward<__nv_bfloat16, 1>(a, channels_last, stream)
+                               : launch_backward<__nv_bfloat16, 8>(a, channels_last, stream);
+    }
+}
+
+}  // namespace kolors_fast
