@@ -43,6 +43,10 @@ class ChatGLMOutput:
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class RMSNorm(nn.Module):
     """x * rsqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32 and rounded once."""
 
@@ -52,7 +56,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
+        y = _wide(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y * self.weight).to(x.dtype)
 
@@ -82,7 +86,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the interleaved pairs (2i, 2i+1) of the first part of each head; the rest passes. x [B, S, H, K]."""
     cos, sin = rotary
     turned = 2 * cos.shape[-1]
-    a, b = x[..., :turned].float().unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x[..., :turned].unflatten(-1, (-1, 2)).unbind(-1)  # times fp32 cos and sin: fp32 until the cast
     pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
     return torch.cat([pairs, x[..., turned:]], dim=-1)
 
@@ -136,9 +140,9 @@ class SelfAttention(nn.Module):
         return self.dense(y.transpose(1, 2).flatten(2))
 
     def _biased_row(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        grouped = q.float().unflatten(1, (self.groups, -1)).squeeze(3)  # [B, G, H / G, K]
-        logits = grouped @ k.float().transpose(-1, -2) / math.sqrt(self.head_size) + bias[:, None, None]
-        return (logits.softmax(-1) @ v.float()).flatten(1, 2).unsqueeze(2).to(q.dtype)  # [B, H, 1, K]
+        grouped = _wide(q).unflatten(1, (self.groups, -1)).squeeze(3)  # [B, G, H / G, K]
+        logits = grouped @ _wide(k).transpose(-1, -2) / math.sqrt(self.head_size) + bias[:, None, None]
+        return (logits.softmax(-1) @ _wide(v)).flatten(1, 2).unsqueeze(2).to(q.dtype)  # [B, H, 1, K]
 
 
 class MLP(nn.Module):

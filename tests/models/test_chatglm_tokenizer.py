@@ -8,10 +8,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sentencepiece
 import torch
+from diffusers import KolorsPipeline
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer as DiffusersTokenizer
 
 from kolors_fast.models.chatglm import ChatGLM
@@ -138,6 +142,36 @@ def test_round_trip(tokenizer: ChatGLMTokenizer, folder: Path, tmp_path: Path) -
     worker_copy = pickle.loads(pickle.dumps(again))
     for text in TEXTS:
         assert again.encode(text) == tokenizer.encode(text) == worker_copy.encode(text) == theirs(text)["input_ids"]
+
+
+def test_stands_in_a_diffusers_pipeline(tokenizer: ChatGLMTokenizer, original: DiffusersTokenizer) -> None:
+    """KolorsPipeline.encode_prompt with our tokenizer and encoder, and with its own."""
+    config = {
+        "num_layers": 2,
+        "padded_vocab_size": tokenizer.vocab_size,
+        "hidden_size": 16,
+        "ffn_hidden_size": 24,
+        "kv_channels": 8,
+        "num_attention_heads": 2,
+    }
+    ours = ChatGLM(**config).eval()
+    theirs = ChatGLMModel(ChatGLMConfig(**config, original_rope=True), empty_init=False).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+
+    def encode(tokenizer: Any, text_encoder: Any) -> tuple[torch.Tensor, ...]:
+        pipeline = SimpleNamespace(
+            _execution_device="cpu",
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            config=SimpleNamespace(force_zeros_for_empty_prompt=False),
+        )
+        with torch.no_grad():
+            return KolorsPipeline.encode_prompt(
+                pipeline, ["a cat", "一只猫"], num_images_per_prompt=2, negative_prompt=["", "blue"]
+            )
+
+    for got, expected in zip(encode(tokenizer, ours), encode(original, theirs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_refusals(tokenizer: ChatGLMTokenizer, folder: Path, tmp_path: Path) -> None:
