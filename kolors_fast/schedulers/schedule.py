@@ -68,7 +68,7 @@ def spaced_timesteps(spacing: str, train_steps: int, steps: int, offset: int, *,
             )
     elif spacing == "trailing":
         # the float stride can yield one point too many, ending at -1 (T=1100: 15, 30, 60, ... steps); keep `steps`
-        chosen = np.arange(train_steps, 0, -train_steps / steps).round()[:steps] - 1
+        chosen = np.arange(train_steps, 0, -train_steps / steps).round() - 1
     else:
         raise ValueError(f"timestep_spacing: expected 'linspace', 'leading' or 'trailing', got {spacing!r}")
     return chosen[:steps].copy()

@@ -118,6 +118,18 @@ def test_trailing_has_as_many_steps_as_asked(name: str, steps: int) -> None:
     assert mine.timesteps.tolist() == theirs.timesteps[:-1].tolist()
 
 
+def test_of_equal_timesteps_the_second_is_meant() -> None:
+    """Rounded Karras timesteps repeat at the low end."""
+    made = []
+    for library in (diffusers, ours):
+        made.append(library.DPMSolverMultistepScheduler(**{**KOLORS, "use_karras_sigmas": True}))
+        made[-1].set_timesteps(60)
+    theirs, mine = made
+    assert len(set(mine.timesteps.tolist())) < 60
+    for t in mine.timesteps:
+        assert mine.index_for_timestep(t) == theirs.index_for_timestep(t)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_before_set_timesteps_the_run_is_the_training_schedule(name: str) -> None:
     theirs, mine = (getattr(library, name)(**KOLORS) for library in (diffusers, ours))
