@@ -138,7 +138,7 @@ class NinjaBuildExt(build_ext):
         self.build = ROOT / "build" / f"ninja-{tag}"
         self.build.mkdir(parents=True, exist_ok=True)
         ninja = NinjaFile(self.build)
-        includes = [f"-isystem {pybind11_headers(self.build)}", f"-isystem {sysconfig.get_path('include')}"]
+        includes = [f"-I{CSRC}", f"-isystem {pybind11_headers(self.build)}", f"-isystem {sysconfig.get_path('include')}"]
         self.add_cpu(ninja, includes, cuda_status)
         if nvcc:
             self.add_cuda(ninja, includes, nvcc, archs, jobs)

@@ -81,21 +81,23 @@ template <typename T> struct ChannelsLastForward : ForwardPasses<T> {
         const float *added = this->added(n);
         const int64_t width = a.shape.group_channels();
         Moments *moments = this->moments.get() + (n * layout.blocks() + block) * a.shape.groups;
-        const double count = static_cast<double>(rows.count);
+        const double count = static_cast<double>(rows.count), inverse = 1.0 / count;
         for (int64_t group = 0; group < a.shape.groups; ++group) {
+            // relative to the first channel's mean, so that fp64 has digits to spare
             const auto channel_mean = [&](int64_t slot) {
-                return static_cast<double>(pivot[slot]) + added[slot] + sum[slot] / count;
+                return static_cast<double>(pivot[slot]) + added[slot] + sum[slot] * inverse;
             };
-            double mean = 0, squares = 0;
-            for (int64_t channel = group * width; channel < (group + 1) * width; ++channel)
-                mean += channel_mean(layout.slot_of(channel));
-            mean /= width;
+            const double origin = channel_mean(layout.slot_of(group * width));
+            double means = 0, mean_squares = 0, squares = 0;
             for (int64_t channel = group * width; channel < (group + 1) * width; ++channel) {
                 const int64_t slot = layout.slot_of(channel);
-                const double deviation = channel_mean(slot) - mean, s = sum[slot];
-                squares += square[slot] - s * s / count + count * deviation * deviation;
+                const double deviation = channel_mean(slot) - origin, s = sum[slot];
+                means += deviation;
+                mean_squares += deviation * deviation;
+                squares += square[slot] - s * s * inverse;
             }
-            moments[group] = {mean, squares};
+            const double mean = means / width;
+            moments[group] = {origin + mean, squares + count * (mean_squares - means * mean)};
         }
     }
 
@@ -110,22 +112,25 @@ template <typename T> struct ChannelsLastForward : ForwardPasses<T> {
             store(square + i, Floats{});
         });
         int64_t row = 0;
-        for (; row + 4 <= count; row += 4) {
-            const T *four = rows + row * stride;
-            for_vectors(part.channels, [&](int64_t i, auto vector) {
-                const Floats p = load(pivot + i);
-                const Floats d0 = vector.load(four + i) - p, d1 = vector.load(four + stride + i) - p;
-                const Floats d2 = vector.load(four + 2 * stride + i) - p, d3 = vector.load(four + 3 * stride + i) - p;
-                store(sum + i, load(sum + i) + ((d0 + d1) + (d2 + d3)));
-                store(square + i, load(square + i) + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)));
-            });
-        }
+        for (; row + 4 <= count; row += 4)
+            add_rows<4>(part.channels, rows + row * stride, pivot, sum, square);
         for (; row < count; ++row)
-            for_vectors(part.channels, [&](int64_t i, auto vector) {
-                const Floats d = vector.load(rows + row * stride + i) - load(pivot + i);
-                store(sum + i, load(sum + i) + d);
-                store(square + i, load(square + i) + d * d);
-            });
+            add_rows<1>(part.channels, rows + row * stride, pivot, sum, square);
+    }
+
+    // Adds kRows rows to the sums of a block; more at once means fewer trips of the sums through memory.
+    template <int kRows>
+    static void add_rows(int64_t channels, const T *rows, const float *pivot, float *sum, float *square) {
+        for_vectors(channels, [&](int64_t i, auto vector) {
+            Floats s = {}, q = {};
+            for (int k = 0; k < kRows; ++k) {
+                const Floats d = vector.load(rows + k * channels + i) - load(pivot + i);
+                s += d;
+                q += d * d;
+            }
+            store(sum + i, load(sum + i) + s);
+            store(square + i, load(square + i) + q);
+        });
     }
 
     void finish(int64_t n) const {
@@ -192,17 +197,12 @@ template <typename T> struct ChannelsFirstForward : ForwardPasses<T> {
             sums += (d0 + d1) + (d2 + d3);
             squares += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
         }
-        double sum = sum_lanes(sums), square = sum_lanes(squares);
-        sums = squares = Floats{};
-        const int64_t rest = run.count - i;
-        const T *last = x + i;
-        float tail[4 * kWidth]; // as fp32, for a padding lane must not count as 0 - pivot
-        for_vectors(rest, [&](int64_t j, auto vector) { store(tail + j, vector.load(last + j)); });
-        for (int64_t j = 0; j < rest; ++j) {
-            const double deviation = tail[j] - pivot;
-            sum += deviation;
-            square += deviation * deviation;
-        }
+        for_vectors(run.count - i, [&](int64_t j, auto vector) {
+            const Floats d = vector.only(vector.load(x + i + j) - pivot);
+            sums += d;
+            squares += d * d;
+        });
+        const double sum = sum_lanes(sums), square = sum_lanes(squares);
         const float added = this->added(run.n)[layout.slot_of(run.channel)];
         this->moments[unit * layout.blocks() + block] = {static_cast<double>(pivot) + added + sum / run.count,
                                                          square - sum * sum / run.count};

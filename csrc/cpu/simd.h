@@ -46,13 +46,49 @@ template <typename To, typename From> KOLORS_FAST_INLINE To bit_cast(From from) 
 
 KOLORS_FAST_INLINE Floats broadcast(float value) { return value - Floats{}; }
 
+// The compilers' own conversions between these widths take several times as many instructions.
+KOLORS_FAST_INLINE Uints extend(Halves bits) {
+#if defined(__AVX512F__)
+    return bit_cast<Uints>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+    return bit_cast<Uints>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#else
+    return __builtin_convertvector(bits, Uints);
+#endif
+}
+
+KOLORS_FAST_INLINE Halves low_halves(Uints bits) {
+#if defined(__AVX512F__)
+    return bit_cast<Halves>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(bits)));
+#elif defined(__AVX2__)
+    const __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(bits), bit_cast<__m256i>(bits)); // all below 2^16
+    return bit_cast<Halves>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+    return __builtin_convertvector(bits, Halves);
+#endif
+}
+
+// low or high where value is beyond it; NaN stays.
+KOLORS_FAST_INLINE Floats clamp(Floats value, float low, float high) {
+#if defined(__AVX512F__)
+    const __m512 raised = _mm512_max_ps(_mm512_set1_ps(low), bit_cast<__m512>(value));
+    return bit_cast<Floats>(_mm512_min_ps(_mm512_set1_ps(high), raised));
+#elif defined(__AVX2__)
+    const __m256 raised = _mm256_max_ps(_mm256_set1_ps(low), bit_cast<__m256>(value));
+    return bit_cast<Floats>(_mm256_min_ps(_mm256_set1_ps(high), raised));
+#else
+    value = value < low ? broadcast(low) : value;
+    return value > high ? broadcast(high) : value;
+#endif
+}
+
 KOLORS_FAST_INLINE Floats widen(Halves bits, Half) {
 #if defined(__AVX512F__)
     return bit_cast<Floats>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));
 #elif defined(__F16C__)
     return bit_cast<Floats>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
 #else
-    const Uints wide = __builtin_convertvector(bits, Uints);
+    const Uints wide = extend(bits);
     const Uints sign = (wide & 0x8000u) << 16, magnitude = (wide & 0x7fffu) << 13;
     // fp16 bits read as fp32 are 2^112 too small; Inf and NaN need the rest of the exponent
     const Uints scaled = bit_cast<Uints>(bit_cast<Floats>(magnitude) * 0x1p112f);
@@ -60,9 +96,7 @@ KOLORS_FAST_INLINE Floats widen(Halves bits, Half) {
 #endif
 }
 
-KOLORS_FAST_INLINE Floats widen(Halves bits, BFloat16) {
-    return bit_cast<Floats>(__builtin_convertvector(bits, Uints) << 16);
-}
+KOLORS_FAST_INLINE Floats widen(Halves bits, BFloat16) { return bit_cast<Floats>(extend(bits) << 16); }
 
 KOLORS_FAST_INLINE Halves narrow(Floats value, Half) {
 #if defined(__AVX512F__)
@@ -78,14 +112,15 @@ KOLORS_FAST_INLINE Halves narrow(Floats value, Half) {
     Uints half = magnitude < 0x38800000u ? tiny : normal;
     half = magnitude >= 0x477ff000u ? infinite : half;
     half = magnitude > 0x7f800000u ? nan : half;
-    return __builtin_convertvector(half | (bits & 0x80000000u) >> 16, Halves);
+    return low_halves(half | (bits & 0x80000000u) >> 16);
 #endif
 }
 
+// A NaN here is the result of arithmetic, so quiet: cutting it off leaves a NaN, while rounding might carry it away.
 KOLORS_FAST_INLINE Halves narrow(Floats value, BFloat16) {
-    const Uints bits = bit_cast<Uints>(value), nan = Uints{} + 0x7fc0u;
-    const Uints rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Halves);
+    const Uints bits = bit_cast<Uints>(value);
+    const Uints rounding = ((bits >> 16) & 1u) + 0x7fffu;
+    return low_halves((bits + (value == value ? rounding : Uints{})) >> 16);
 }
 
 // Loads and stores need no alignment beyond one byte.
@@ -129,12 +164,19 @@ struct Whole {
     template <typename T> KOLORS_FAST_INLINE void store(T *to, Floats value) const {
         KOLORS_FAST_ISA::store(to, value);
     }
+    // zeroes the lanes that are not there
+    KOLORS_FAST_INLINE Floats only(Floats value) const { return value; }
 };
 
 struct Rest {
     int64_t count;
     template <typename T> KOLORS_FAST_INLINE Floats load(const T *from) const { return load_some(from, count); }
     template <typename T> KOLORS_FAST_INLINE void store(T *to, Floats value) const { store_some(to, value, count); }
+    KOLORS_FAST_INLINE Floats only(Floats value) const {
+        float buffer[kWidth] = {};
+        store_some(buffer, value, count);
+        return KOLORS_FAST_ISA::load(buffer);
+    }
 };
 
 // Calls body(first element, Whole or Rest) for each vector of a row.
@@ -153,23 +195,19 @@ KOLORS_FAST_INLINE double sum_lanes(Floats value) {
     return sum;
 }
 
-// 1 / (1 + exp(-x)), within 2 ulp. exp overflows to Inf and underflows to 0 as it should; NaN stays NaN.
+// 1 / (1 + exp(-x)), within 4 ulp. exp overflows to Inf and underflows to 0 as it should; NaN stays NaN.
 KOLORS_FAST_INLINE Floats sigmoid(Floats x) {
-    const Floats low = broadcast(-87.0f), high = broadcast(89.0f);
-    Floats t = -x;
-    t = t < low ? low : t; // exp(-87) vanishes beside 1
-    t = t > high ? high : t;
+    x = clamp(x, -89.0f, 87.0f);   // exp(-87) vanishes beside 1
     const float shift = 0x1.8p23f; // adding and subtracting it rounds to an integer
-    const Floats shifted = t * 1.44269504f + shift;
+    const Floats shifted = shift - x * 1.44269504f;
     const Floats n = shifted - shift;
-    const Floats r = (t - n * 0.693359375f) + n * 2.12194440e-4f; // ln 2 in two parts
-    Floats p = broadcast(1.9875691500e-4f);                       // Cephes expf
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    const Floats r = (x + n * 0.693359375f) - n * 2.12194440e-4f; // ln 2 in two parts; exp(-x) = 2^n exp(-r)
+    Floats q = broadcast(1.3814467e-3f);                          // minimax over |r| < ln(2) / 2, relative error 5e-9
+    q = q * r - 8.368781e-3f;
+    q = q * r + 4.1668393e-2f;
+    q = q * r - 1.666652e-1f;
+    q = q * r + 4.9999994e-1f;
+    const Floats p = q * (r * r) + (1.0f - r);
     // 2^n as 2 * 2^(n-1), for n may be 128
     const Ints exponent = (bit_cast<Ints>(shifted) - (0x4b400000 - 126)) << 23;
     const Floats e = (p + p) * bit_cast<Floats>(exponent);
