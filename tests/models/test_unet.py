@@ -251,12 +251,17 @@ def test_collapsed_padding_equals_full_padding() -> None:
 
 
 def test_key_bias_adds_to_the_text_mask() -> None:
+    """ln(3) on the first key is that key three times."""
     ours, theirs = pair(SMALL)
     arguments = inputs(SMALL)
     mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1], [1] * 7])
+    bias = torch.tensor([[math.log(3), 0, 0, 0, 0, 0, 0]]).expand(2, 7)
+    text = arguments["encoder_hidden_states"]
+    tripled = {**arguments, "encoder_hidden_states": torch.cat([text[:, :1], text[:, :1], text], dim=1)}
     with torch.no_grad():
-        got = ours(**arguments, encoder_attention_mask=mask, encoder_key_bias=torch.zeros(2, 7)).sample
-        assert_close(got, theirs(**arguments, encoder_attention_mask=mask).sample)
+        got = ours(**arguments, encoder_attention_mask=mask, encoder_key_bias=bias).sample
+        want = theirs(**tripled, encoder_attention_mask=torch.cat([mask[:, :1]] * 2 + [mask], dim=1)).sample
+    assert_close(got, want)
 
 
 class CatWatch(TorchDispatchMode):
