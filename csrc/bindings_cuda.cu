@@ -13,11 +13,9 @@ namespace py = pybind11;
 
 namespace {
 
-template <typename T>
-using Argument = std::conditional_t<std::is_pointer_v<T>, uintptr_t, T>;
+template <typename T> using Argument = std::conditional_t<std::is_pointer_v<T>, uintptr_t, T>;
 
-template <typename T>
-T from_argument(Argument<T> value) {
+template <typename T> T from_argument(Argument<T> value) {
     if constexpr (std::is_pointer_v<T>) {
         return reinterpret_cast<T>(value);
     } else {
@@ -25,15 +23,15 @@ T from_argument(Argument<T> value) {
     }
 }
 
-template <typename... T>
-void define(py::module_& m, const char* name, cudaError_t (*launch)(T...)) {
+template <typename... T> void define(py::module_ &m, const char *name, cudaError_t (*launch)(T...)) {
     m.def(name, [name, launch](Argument<T>... arguments) {
         const cudaError_t error = launch(from_argument<T>(arguments)...);
-        if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+        if (error != cudaSuccess)
+            throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
     });
 }
 
-}  // namespace
+} // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "CUDA kernels of kolors_fast: raw pointers in, dtype codes 0 fp32, 1 fp16, 2 bf16, stream last.";

@@ -5,31 +5,19 @@
 // merged by Chan's formula, so a large mean does not cancel. No atomics: every sum has one fixed order.
 #pragma once
 
-#include "common.cuh"
-#include "group_norm_silu_plan.hpp"
+#include "cuda/common.cuh"
+#include "cuda/group_norm_silu_plan.hpp"
 
 namespace kolors_fast {
 
 // loads in flight per thread: 64 bytes, or 8 single elements
-template <int V>
-constexpr int kUnroll = V == 1 ? 8 : 4;
+template <int V> constexpr int kUnroll = V == 1 ? 8 : 4;
 
-struct GroupNormForward {
-    const void* x;            // [n, c, hw] or [n, hw, c]
-    const void* skip;         // the same with c_skip, or absent
-    const void* weight;       // [c + c_skip]
-    const void* bias;         // [c + c_skip]
-    const void* channel_add;  // [n, c + c_skip] or absent
-    void* y;                  // [n, c + c_skip, hw] or [n, hw, c + c_skip]
-    float* mean;              // [n, groups]
-    float* rstd;              // [n, groups]
-    float2* partials;         // [n, groups, parts, chunks]: mean, sum of squared deviations
-    GroupNormShape shape;
+struct ForwardLaunch {
+    GroupNormSiluForward call;
     GroupNormPlan plan;
-    float eps;
-    int weight_dtype;
-    bool silu;
-    bool merged;  // mean and rstd are there already
+    float2 *partials; // [n, groups, parts, chunks]: mean, sum of squared deviations
+    bool merged;      // mean and rstd are there already
 };
 
 // What a channels_last block owns: positions [row_begin, row_end) of channels [channel, channel + channels).
@@ -38,11 +26,11 @@ struct Tile {
     int row_begin, row_end;
     int chunk;
     int channel, channels;
-    int group, groups;  // the first one and how many
+    int group, groups; // the first one and how many
     int part;
 };
 
-__device__ __forceinline__ Tile tile_of(const GroupNormShape& s, const GroupNormPlan& p) {
+__device__ __forceinline__ Tile tile_of(const GroupNormSiluShape &s, const GroupNormPlan &p) {
     Tile t;
     // slices run fastest, so that blocks at work together read whole rows
     const unsigned slice = blockIdx.x % p.slices;
@@ -79,7 +67,7 @@ struct Segment {
     bool valid;
 };
 
-__device__ __forceinline__ Segment segment_of(const GroupNormShape& s, const GroupNormPlan& p) {
+__device__ __forceinline__ Segment segment_of(const GroupNormSiluShape &s, const GroupNormPlan &p) {
     const unsigned warp = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
     const unsigned plane = warp / p.chunks;
     Segment g;
@@ -94,27 +82,27 @@ __device__ __forceinline__ Segment segment_of(const GroupNormShape& s, const Gro
 
 // The two inputs (or their gradients) as one tensor of c + c_skip channels.
 template <typename T>
-__device__ __forceinline__ T* plane_of(T* x, T* skip, const GroupNormShape& s, int64_t n, int64_t channel) {
-    if (channel < s.c) return x ? x + (n * s.c + channel) * s.hw : nullptr;
+__device__ __forceinline__ T *plane_of(T *x, T *skip, const GroupNormSiluShape &s, int64_t n, int64_t channel) {
+    if (channel < s.c)
+        return x ? x + (n * s.c + channel) * s.hw : nullptr;
     return skip ? skip + (n * s.c_skip + channel - s.c) * s.hw : nullptr;
 }
 
 // pointer to (n, position 0, channel) and the step from one position to the next
-template <typename T>
-struct Column {
-    T* base;
+template <typename T> struct Column {
+    T *base;
     int64_t stride;
 };
 
 template <typename T>
-__device__ __forceinline__ Column<T> column_of(T* x, T* skip, const GroupNormShape& s, int64_t n, int64_t channel) {
-    if (channel < s.c) return {x ? x + n * s.hw * s.c + channel : nullptr, s.c};
+__device__ __forceinline__ Column<T> column_of(T *x, T *skip, const GroupNormSiluShape &s, int64_t n, int64_t channel) {
+    if (channel < s.c)
+        return {x ? x + n * s.hw * s.c + channel : nullptr, s.c};
     return {skip ? skip + n * s.hw * s.c_skip + channel - s.c : nullptr, s.c_skip};
 }
 
 // Running mean and sum of squared deviations of W neighbours which share one count.
-template <int W>
-struct Moments {
+template <int W> struct Moments {
     float mean[W] = {};
     float m2[W] = {};
     float count = 0.0f;
@@ -126,15 +114,15 @@ struct Moments {
     }
 
     // The first `valid` of B rows, value(u, j) each; the others read as zero. Two passes over the registers.
-    template <int B, typename Value>
-    __device__ __forceinline__ void add(int valid, Value value) {
+    template <int B, typename Value> __device__ __forceinline__ void add(int valid, Value value) {
         const float inverse = 1.0f / static_cast<float>(valid);
         const float share = static_cast<float>(valid) / (count + static_cast<float>(valid));
 #pragma unroll
         for (int j = 0; j < W; ++j) {
             float sum = 0.0f;
 #pragma unroll
-            for (int u = 0; u < B; ++u) sum += value(u, j);
+            for (int u = 0; u < B; ++u)
+                sum += value(u, j);
             const float batch_mean = sum * inverse;
             float squares = 0.0f;
 #pragma unroll
@@ -149,7 +137,7 @@ struct Moments {
 };
 
 // values behind partial i of a group
-__device__ __forceinline__ float partial_count(const GroupNormShape& s, const GroupNormPlan& p, int i) {
+__device__ __forceinline__ float partial_count(const GroupNormSiluShape &s, const GroupNormPlan &p, int i) {
     const int chunk = i % p.chunks;
     const int part = i / p.chunks;
     const int per_group = static_cast<int>(s.c + s.c_skip) / static_cast<int>(s.groups);
@@ -159,15 +147,16 @@ __device__ __forceinline__ float partial_count(const GroupNormShape& s, const Gr
 }
 
 // One warp merges the partials of group `index` = n * groups + group; returns (mean, 1 / sqrt(variance + eps)).
-__device__ __forceinline__ float2 merge_group(const GroupNormForward& a, int64_t index) {
-    const GroupNormShape& s = a.shape;
+__device__ __forceinline__ float2 merge_group(const ForwardLaunch &a, int64_t index) {
+    const GroupNormSiluShape &s = a.call.shape;
     const int count = a.plan.parts * a.plan.chunks;
-    const float2* partials = a.partials + index * count;
+    const float2 *partials = a.partials + index * count;
     const int lane = threadIdx.x % kWarp;
     const float total = static_cast<float>((s.c + s.c_skip) / s.groups * s.hw);
     const float shift = partials[0].x;
     float sum = 0.0f;
-    for (int i = lane; i < count; i += kWarp) sum += partial_count(s, a.plan, i) * (partials[i].x - shift);
+    for (int i = lane; i < count; i += kWarp)
+        sum += partial_count(s, a.plan, i) * (partials[i].x - shift);
     const float mean = shift + warp_sum(sum) / total;
     float squares = 0.0f;
     for (int i = lane; i < count; i += kWarp) {
@@ -175,40 +164,41 @@ __device__ __forceinline__ float2 merge_group(const GroupNormForward& a, int64_t
         squares += partials[i].y + partial_count(s, a.plan, i) * (d * d);
     }
     const float variance = warp_sum(squares) / total;
-    return make_float2(mean, 1.0f / sqrtf(variance + a.eps));
+    return make_float2(mean, 1.0f / sqrtf(variance + static_cast<float>(a.call.eps)));
 }
 
 // (mean, rstd) of a group; one warp of the whole grid leaves them in the outputs
-__device__ __forceinline__ float2 group_statistics(const GroupNormForward& a, int64_t index, bool keep) {
-    if (a.merged) return make_float2(a.mean[index], a.rstd[index]);
+__device__ __forceinline__ float2 group_statistics(const ForwardLaunch &a, int64_t index, bool keep) {
+    if (a.merged)
+        return make_float2(a.call.mean[index], a.call.rstd[index]);
     const float2 stats = merge_group(a, index);
     if (keep && threadIdx.x % kWarp == 0) {
-        a.mean[index] = stats.x;
-        a.rstd[index] = stats.y;
+        a.call.mean[index] = stats.x;
+        a.call.rstd[index] = stats.y;
     }
     return stats;
 }
 
-__global__ void __launch_bounds__(kThreads) group_norm_merge(const GroupNormForward a) {
+__global__ void __launch_bounds__(kThreads) group_norm_merge(const ForwardLaunch a) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
-    if (index < a.shape.n * a.shape.groups) group_statistics(a, index, true);
+    if (index < a.call.shape.n * a.call.shape.groups)
+        group_statistics(a, index, true);
 }
 
-template <typename T, int V>
-__device__ __forceinline__ void silu_in_place(float (&v)[V]) {
+template <typename T, int V> __device__ __forceinline__ void silu_in_place(float (&v)[V]) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) v[j] *= sigmoid<T>(v[j]);
+    for (int j = 0; j < V; ++j)
+        v[j] *= sigmoid<T>(v[j]);
 }
 
 // ---- channels_last ----
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, kForwardResidency)
-    group_norm_stats_channels_last(const GroupNormForward a) {
-    KF_SHARED(float, shared);  // [2 * V + 1][threads], then [2][slice_channels]
+template <typename T, int V> __global__ void __launch_bounds__(kThreads, kForwardResidency)
+    group_norm_stats_channels_last(const ForwardLaunch a) {
+    KF_SHARED(float, shared); // [2 * V + 1][threads], then [2][slice_channels]
     constexpr int U = kUnroll<V>;
-    const GroupNormShape& s = a.shape;
-    const GroupNormPlan& p = a.plan;
+    const GroupNormSiluShape &s = a.call.shape;
+    const GroupNormPlan &p = a.plan;
     const Tile t = tile_of(s, p);
     const int lane = threadIdx.x / p.columns;
     const int column = threadIdx.x % p.columns;
@@ -218,7 +208,7 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency)
     Moments<V> moments;
     if (active) {
         const Column<const T> in =
-            column_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, t.n, channel);
+            column_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, t.n, channel);
         for (int row = t.row_begin + lane; row < t.row_end; row += U * p.row_lanes) {
             Pack<T, V> packs[U] = {};
             int valid = 0;
@@ -236,7 +226,8 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency)
 
     // halve the row lanes until one is left
     int half = 1;
-    while (half < p.row_lanes) half *= 2;
+    while (half < p.row_lanes)
+        half *= 2;
     for (half /= 2; half > 0; half /= 2) {
         if (active && lane >= half && lane < 2 * half) {
             const int slot = (lane - half) * p.columns + column;
@@ -263,14 +254,13 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency)
         __syncthreads();
     }
 
-    float* const means = shared;
-    float* const squares = shared + p.slice_channels;
+    float *const means = shared;
+    float *const squares = shared + p.slice_channels;
     if (active && lane == 0) {
-        const T* add = static_cast<const T*>(a.channel_add);
         const int64_t all = s.c + s.c_skip;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            means[column * V + j] = moments.mean[j] + (add ? to_float(add[t.n * all + channel + j]) : 0.0f);
+            means[column * V + j] = moments.mean[j] + load_or_zero<T>(a.call.channel_add, t.n * all + channel + j);
             squares[column * V + j] = moments.m2[j];
         }
     }
@@ -282,7 +272,8 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency)
     for (int g = threadIdx.x / kWarp; g < t.groups; g += blockDim.x / kWarp) {
         const float shift = means[g * channels];
         float sum = 0.0f;
-        for (int i = threadIdx.x % kWarp; i < channels; i += kWarp) sum += means[g * channels + i] - shift;
+        for (int i = threadIdx.x % kWarp; i < channels; i += kWarp)
+            sum += means[g * channels + i] - shift;
         const float mean = shift + warp_sum(sum) / static_cast<float>(channels);
         float m2 = 0.0f;
         for (int i = threadIdx.x % kWarp; i < channels; i += kWarp) {
@@ -297,38 +288,38 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency)
     }
 }
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, kForwardResidency)
-    group_norm_apply_channels_last(const GroupNormForward a) {
-    KF_SHARED(float2, statistics);  // [slice_groups]: mean, rstd
+template <typename T, int V> __global__ void __launch_bounds__(kThreads, kForwardResidency)
+    group_norm_apply_channels_last(const ForwardLaunch a) {
+    KF_SHARED(float2, statistics); // [slice_groups]: mean, rstd
     constexpr int U = kUnroll<V>;
-    const GroupNormShape& s = a.shape;
-    const GroupNormPlan& p = a.plan;
+    const GroupNormSiluShape &s = a.call.shape;
+    const GroupNormPlan &p = a.plan;
     const Tile t = tile_of(s, p);
     for (int g = threadIdx.x / kWarp; g < t.groups; g += blockDim.x / kWarp) {
-        const float2 stats =
-            group_statistics(a, t.n * s.groups + t.group + g, t.chunk == 0 && t.part == 0);
-        if (threadIdx.x % kWarp == 0) statistics[g] = stats;
+        const float2 stats = group_statistics(a, t.n * s.groups + t.group + g, t.chunk == 0 && t.part == 0);
+        if (threadIdx.x % kWarp == 0)
+            statistics[g] = stats;
     }
     __syncthreads();
 
     const int lane = threadIdx.x / p.columns;
     const int column = threadIdx.x % p.columns;
-    if (lane >= p.row_lanes || column * V >= t.channels) return;
+    if (lane >= p.row_lanes || column * V >= t.channels)
+        return;
     const int64_t channel = t.channel + column * V;
     const int64_t all = s.c + s.c_skip;
     const int per_group = t.channels / t.groups;
-    const T* add = static_cast<const T*>(a.channel_add);
     float center[V], scale[V], shift[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
         const float2 stats = statistics[(column * V + j) / per_group];
-        center[j] = stats.x - (add ? to_float(add[t.n * all + channel + j]) : 0.0f);
-        scale[j] = stats.y * load_any(a.weight, channel + j, a.weight_dtype);
-        shift[j] = load_any(a.bias, channel + j, a.weight_dtype);
+        center[j] = stats.x - load_or_zero<T>(a.call.channel_add, t.n * all + channel + j);
+        scale[j] = stats.y * load_any(a.call.weight, channel + j, s.weight_dtype, 1.0f);
+        shift[j] = load_any(a.call.bias, channel + j, s.weight_dtype, 0.0f);
     }
-    const Column<const T> in = column_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, t.n, channel);
-    T* const out = static_cast<T*>(a.y) + t.n * s.hw * all + channel;
+    const Column<const T> in =
+        column_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, t.n, channel);
+    T *const out = static_cast<T *>(a.call.y) + t.n * s.hw * all + channel;
     const int step = U * p.row_lanes;
     const int first = t.row_begin + lane;
     for (int row = first + (t.row_end - 1 - t.row_begin) / step * step; row >= first; row -= step) {
@@ -336,7 +327,8 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency)
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             const int r = row + u * p.row_lanes;
-            if (r < t.row_end) packs[u] = load<T, V>(in.base + r * in.stride);
+            if (r < t.row_end)
+                packs[u] = load<T, V>(in.base + r * in.stride);
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -344,8 +336,10 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency)
             if (r < t.row_end) {
                 float v[V];
 #pragma unroll
-                for (int j = 0; j < V; ++j) v[j] = (packs[u].get(j) - center[j]) * scale[j] + shift[j];
-                if (a.silu) silu_in_place<T>(v);
+                for (int j = 0; j < V; ++j)
+                    v[j] = (packs[u].get(j) - center[j]) * scale[j] + shift[j];
+                if (s.silu)
+                    silu_in_place<T>(v);
                 store<T, V>(out + r * all, v);
             }
         }
@@ -354,14 +348,15 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency)
 
 // ---- channels first: planes ----
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, kForwardResidency) group_norm_stats_planes(const GroupNormForward a) {
+template <typename T, int V> __global__ void __launch_bounds__(kThreads, kForwardResidency)
+    group_norm_stats_planes(const ForwardLaunch a) {
     constexpr int U = kUnroll<V>;
-    const GroupNormShape& s = a.shape;
-    const GroupNormPlan& p = a.plan;
+    const GroupNormSiluShape &s = a.call.shape;
+    const GroupNormPlan &p = a.plan;
     const Segment g = segment_of(s, p);
-    if (!g.valid) return;
-    const T* in = plane_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, g.n, g.channel);
+    if (!g.valid)
+        return;
+    const T *in = plane_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, g.n, g.channel);
     const int lane = threadIdx.x % kWarp;
     Moments<1> moments;
     for (int i = g.begin + lane * V; i < g.end; i += U * kWarp * V) {
@@ -386,30 +381,29 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency) group_norm_stats_
     const float m2 = warp_sum(moments.m2[0] + moments.count * (d * d));
     if (lane == 0) {
         const int64_t all = s.c + s.c_skip;
-        const T* add = static_cast<const T*>(a.channel_add);
-        const float added = add ? to_float(add[g.n * all + g.channel]) : 0.0f;
+        const float added = load_or_zero<T>(a.call.channel_add, g.n * all + g.channel);
         a.partials[(g.n * all + g.channel) * p.chunks + g.chunk] = make_float2(mean + added, m2);
     }
 }
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, kForwardResidency) group_norm_apply_planes(const GroupNormForward a) {
+template <typename T, int V> __global__ void __launch_bounds__(kThreads, kForwardResidency)
+    group_norm_apply_planes(const ForwardLaunch a) {
     constexpr int U = kUnroll<V>;
-    const GroupNormShape& s = a.shape;
-    const GroupNormPlan& p = a.plan;
+    const GroupNormSiluShape &s = a.call.shape;
+    const GroupNormPlan &p = a.plan;
     const Segment g = segment_of(s, p);
-    if (!g.valid) return;
+    if (!g.valid)
+        return;
     const int64_t group = g.channel / p.parts;
     const bool keep = g.chunk == 0 && g.channel % p.parts == 0;
     const float2 stats = group_statistics(a, g.n * s.groups + group, keep);
     const int64_t all = s.c + s.c_skip;
-    const T* add = static_cast<const T*>(a.channel_add);
-    const float center = stats.x - (add ? to_float(add[g.n * all + g.channel]) : 0.0f);
-    const float scale = stats.y * load_any(a.weight, g.channel, a.weight_dtype);
-    const float shift = load_any(a.bias, g.channel, a.weight_dtype);
+    const float center = stats.x - load_or_zero<T>(a.call.channel_add, g.n * all + g.channel);
+    const float scale = stats.y * load_any(a.call.weight, g.channel, s.weight_dtype, 1.0f);
+    const float shift = load_any(a.call.bias, g.channel, s.weight_dtype, 0.0f);
 
-    const T* in = plane_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, g.n, g.channel);
-    T* const out = static_cast<T*>(a.y) + (g.n * all + g.channel) * s.hw;
+    const T *in = plane_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, g.n, g.channel);
+    T *const out = static_cast<T *>(a.call.y) + (g.n * all + g.channel) * s.hw;
     constexpr int kStep = U * kWarp * V;
     const int first = g.begin + threadIdx.x % kWarp * V;
     for (int i = first + (g.end - 1 - g.begin) / kStep * kStep; i >= first; i -= kStep) {
@@ -417,7 +411,8 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency) group_norm_apply_
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             const int at = i + u * kWarp * V;
-            if (at < g.end) packs[u] = load<T, V>(in + at);
+            if (at < g.end)
+                packs[u] = load<T, V>(in + at);
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -425,8 +420,10 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency) group_norm_apply_
             if (at < g.end) {
                 float v[V];
 #pragma unroll
-                for (int j = 0; j < V; ++j) v[j] = (packs[u].get(j) - center) * scale + shift;
-                if (a.silu) silu_in_place<T>(v);
+                for (int j = 0; j < V; ++j)
+                    v[j] = (packs[u].get(j) - center) * scale + shift;
+                if (s.silu)
+                    silu_in_place<T>(v);
                 store<T, V>(out + at, v);
             }
         }
@@ -435,26 +432,26 @@ __global__ void __launch_bounds__(kThreads, kForwardResidency) group_norm_apply_
 
 // ---- launch ----
 
-template <typename T, int V>
-inline cudaError_t launch_forward(const GroupNormForward& a, bool channels_last, cudaStream_t stream) {
-    const GroupNormPlan& p = a.plan;
+template <typename T, int V> inline cudaError_t launch_forward(const ForwardLaunch &a, cudaStream_t stream) {
+    const GroupNormSiluShape &s = a.call.shape;
+    const GroupNormPlan &p = a.plan;
     const dim3 grid(static_cast<unsigned>(p.blocks));
     const dim3 block(p.threads);
     auto stats = group_norm_stats_planes<T, V>;
     auto apply = group_norm_apply_planes<T, V>;
     size_t stats_bytes = 0;
     size_t apply_bytes = 0;
-    if (channels_last) {
+    if (s.channels_last) {
         stats = group_norm_stats_channels_last<T, V>;
         apply = group_norm_apply_channels_last<T, V>;
         stats_bytes = (2 * V + 1) * kThreads * sizeof(float);
         apply_bytes = p.slice_groups * sizeof(float2);
     }
     KF_LAUNCH(stats, grid, block, stats_bytes, stream, a);
-    GroupNormForward rest = a;
+    ForwardLaunch rest = a;
     if (p.partials_per_group() > kMergeInPlace) {
-        const int64_t warps = a.shape.n * a.shape.groups;
-        KF_LAUNCH(group_norm_merge, dim3(ceil_div(warps, kThreads / kWarp)), dim3(kThreads), 0, stream, rest);
+        const dim3 merging(static_cast<unsigned>(ceil_div(s.n * s.groups, kThreads / kWarp)));
+        KF_LAUNCH(group_norm_merge, merging, dim3(kThreads), 0, stream, rest);
         rest.merged = true;
     }
     KF_LAUNCH(apply, grid, block, apply_bytes, stream, rest);
@@ -462,22 +459,22 @@ inline cudaError_t launch_forward(const GroupNormForward& a, bool channels_last,
 }
 
 // 16-byte words where every row, plane and seam starts on one, single elements elsewhere
-inline int vector_width(const GroupNormShape& s, bool channels_last, int dtype, bool aligned) {
-    const int vector = dtype == kFloat32 ? 4 : 8;
-    const bool whole = channels_last
-                           ? s.c % vector == 0 && s.c_skip % vector == 0 && slices_fit(s.per_group(), vector)
+inline int vector_width(const GroupNormSiluShape &s, bool aligned) {
+    const int vector = s.dtype == DType::float32 ? 4 : 8;
+    const bool whole = s.channels_last
+                           ? s.c % vector == 0 && s.c_skip % vector == 0 && slices_fit(s.group_channels(), vector)
                            : s.hw % vector == 0;
     return aligned && whole ? vector : 1;
 }
 
-inline bool valid_shape(const GroupNormShape& s, int dtype, int weight_dtype) {
-    return s.n >= 0 && s.c > 0 && s.c_skip >= 0 && s.hw >= 0 && s.hw < kMaxPositions && s.groups > 0 &&
-           s.channels() <= INT32_MAX && s.channels() % s.groups == 0 && dtype >= kFloat32 && dtype <= kBFloat16 &&
-           (weight_dtype == dtype || weight_dtype == kFloat32);
+inline bool valid_shape(const GroupNormSiluShape &s) {
+    return s.n >= 0 && s.c >= 0 && s.c_skip >= 0 && s.channels() > 0 && s.hw >= 0 && s.hw < kMaxPositions && s.groups > 0 &&
+           s.channels() <= INT32_MAX && s.channels() % s.groups == 0 && is_dtype(static_cast<int>(s.dtype)) &&
+           (s.weight_dtype == s.dtype || s.weight_dtype == DType::float32);
 }
 
 // blocks and the units they own are counted in 32 bits
-inline bool launchable(const GroupNormShape& s, const GroupNormPlan& p) {
+inline bool launchable(const GroupNormSiluShape &s, const GroupNormPlan &p) {
     return p.blocks <= INT32_MAX && s.n * p.slices * p.chunks <= UINT32_MAX;
 }
 
@@ -485,50 +482,36 @@ inline bool launchable(const GroupNormShape& s, const GroupNormPlan& p) {
 inline int64_t group_norm_silu_workspace(int64_t n, int64_t c_total, int64_t hw, int64_t groups, bool channels_last,
                                          bool backward) {
     int processors = 0;
-    if (multiprocessors(&processors) != cudaSuccess) processors = kLargeDevice;
-    return workspace_bytes({n, c_total, 0, hw, groups}, channels_last, backward, processors);
+    if (multiprocessors(&processors) != cudaSuccess)
+        processors = kLargeDevice;
+    const GroupNormSiluShape shape{n, c_total, 0, hw, groups, false, channels_last, DType::float32, DType::float32};
+    return workspace_bytes(shape, backward, processors);
 }
 
-// y = silu(GroupNorm(concat(x, skip) + channel_add)); also writes mean and rstd, both fp32 [n, groups].
 // The workspace has group_norm_silu_workspace(...) bytes and may hold anything.
-inline cudaError_t group_norm_silu_forward(const void* x, const void* skip, const void* weight, const void* bias,
-                                           const void* channel_add, void* y, float* mean, float* rstd,
-                                           void* workspace, int64_t n, int64_t c, int64_t c_skip, int64_t hw,
-                                           int64_t groups, double eps, bool silu, bool channels_last, int dtype,
-                                           int weight_dtype, cudaStream_t stream) {
-    const GroupNormShape shape{n, c, c_skip, hw, groups};
-    if (!valid_shape(shape, dtype, weight_dtype)) return cudaErrorInvalidValue;
-    if (n == 0 || hw == 0) return cudaSuccess;
+inline cudaError_t group_norm_silu_forward(const void *x, const void *skip, const void *weight, const void *bias,
+                                           const void *channel_add, void *y, float *mean, float *rstd, void *workspace,
+                                           int64_t n, int64_t c, int64_t c_skip, int64_t hw, int64_t groups, double eps,
+                                           bool silu, bool channels_last, int dtype, int weight_dtype,
+                                           cudaStream_t stream) {
+    const GroupNormSiluShape shape{
+        n, c, c_skip, hw, groups, silu, channels_last, static_cast<DType>(dtype), static_cast<DType>(weight_dtype)};
+    if (!valid_shape(shape))
+        return cudaErrorInvalidValue;
+    if (n == 0 || hw == 0)
+        return cudaSuccess;
     int processors = 0;
-    if (const cudaError_t error = multiprocessors(&processors); error != cudaSuccess) return error;
-    const int vector = vector_width(shape, channels_last, dtype, aligned16(x, skip, y));
-    const GroupNormForward a{x,
-                             skip,
-                             weight,
-                             bias,
-                             channel_add,
-                             y,
-                             mean,
-                             rstd,
-                             static_cast<float2*>(workspace),
-                             shape,
-                             group_norm_plan(shape, channels_last, vector, false, processors),
-                             static_cast<float>(eps),
-                             weight_dtype,
-                             silu,
-                             false};
-    if (!launchable(shape, a.plan)) return cudaErrorInvalidValue;
-    switch (dtype) {
-        case kFloat32:
-            return vector == 1 ? launch_forward<float, 1>(a, channels_last, stream)
-                               : launch_forward<float, 4>(a, channels_last, stream);
-        case kFloat16:
-            return vector == 1 ? launch_forward<__half, 1>(a, channels_last, stream)
-                               : launch_forward<__half, 8>(a, channels_last, stream);
-        default:
-            return vector == 1 ? launch_forward<__nv_bfloat16, 1>(a, channels_last, stream)
-                               : launch_forward<__nv_bfloat16, 8>(a, channels_last, stream);
-    }
+    if (const cudaError_t error = multiprocessors(&processors); error != cudaSuccess)
+        return error;
+    const int vector = vector_width(shape, aligned16(x, skip, y));
+    const GroupNormPlan plan = group_norm_plan(shape, vector, false, processors);
+    if (!launchable(shape, plan))
+        return cudaErrorInvalidValue;
+    const GroupNormSiluForward call{shape, x, skip, weight, bias, channel_add, y, mean, rstd, eps};
+    const ForwardLaunch launch{call, plan, static_cast<float2 *>(workspace), false};
+    return dispatch(shape.dtype, vector, [&](auto element, auto width) {
+        return launch_forward<decltype(element), decltype(width)::value>(launch, stream);
+    });
 }
 
-}  // namespace kolors_fast
+} // namespace kolors_fast

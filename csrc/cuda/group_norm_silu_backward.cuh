@@ -8,37 +8,23 @@
 // x_hat is recomputed from mean and rstd. Sums are fp32 in a fixed order, without atomics.
 #pragma once
 
-#include "group_norm_silu.cuh"
+#include "cuda/group_norm_silu.cuh"
+
+#include <utility>
 
 namespace kolors_fast {
 
 // two tensors are read, so 32 bytes of each are in flight per thread
-template <int V>
-constexpr int kBackwardUnroll = V == 1 ? 4 : 2;
+template <int V> constexpr int kBackwardUnroll = V == 1 ? 4 : 2;
 constexpr int kSums = 3;
 constexpr int kTotalThreads = 128;
 
-struct GroupNormBackward {
-    const void* grad_y;       // [n, c + c_skip, hw] or [n, hw, c + c_skip]
-    const void* x;            // [n, c, hw] or [n, hw, c]
-    const void* skip;         // the same with c_skip, or absent
-    const void* weight;       // [c + c_skip]
-    const void* bias;         // [c + c_skip]
-    const void* channel_add;  // [n, c + c_skip] or absent
-    const float* mean;        // [n, groups]
-    const float* rstd;        // [n, groups]
-    void* grad_x;             // like x, or not wanted
-    void* grad_skip;          // like skip, or not wanted
-    float* grad_weight;       // [c + c_skip] or not wanted
-    float* grad_bias;         // [c + c_skip] or not wanted
-    float* grad_channel_add;  // [n, c + c_skip] or not wanted
-    float* partials;          // [n, chunks, D E X, c + c_skip]
-    float* totals;            // [n, D E X, c + c_skip]
-    float2* group_means;      // [n, groups]: m1, m2
-    GroupNormShape shape;
+struct BackwardLaunch {
+    GroupNormSiluBackward call;
     GroupNormPlan plan;
-    int weight_dtype;
-    bool silu;
+    float *partials;     // [n, chunks, D E X, C]
+    float *totals;       // [n, D E X, C]
+    float2 *group_means; // [n, groups]: m1, m2
 };
 
 // What is constant along one channel of one sample.
@@ -47,25 +33,24 @@ struct ChannelTerms {
 };
 
 template <typename T>
-__device__ __forceinline__ ChannelTerms channel_terms(const GroupNormBackward& a, int64_t n, int channel) {
-    const int all = static_cast<int>(a.shape.c + a.shape.c_skip);
-    const int64_t group = n * a.shape.groups + channel / (all / static_cast<int>(a.shape.groups));
-    const T* add = static_cast<const T*>(a.channel_add);
-    return {a.mean[group] - (add ? to_float(add[n * all + channel]) : 0.0f), a.rstd[group],
-            load_any(a.weight, channel, a.weight_dtype), load_any(a.bias, channel, a.weight_dtype)};
+__device__ __forceinline__ ChannelTerms channel_terms(const BackwardLaunch &a, int64_t n, int channel) {
+    const int all = static_cast<int>(a.call.shape.c + a.call.shape.c_skip);
+    const int64_t group = n * a.call.shape.groups + channel / (all / static_cast<int>(a.call.shape.groups));
+    return {a.call.mean[group] - load_or_zero<T>(a.call.channel_add, n * all + channel), a.call.rstd[group],
+            load_any(a.call.weight, channel, a.call.shape.weight_dtype, 1.0f),
+            load_any(a.call.bias, channel, a.call.shape.weight_dtype, 0.0f)};
 }
 
 // grad_y * silu'(z), with silu'(z) = s * (1 + z * (1 - s)) and s = sigmoid(z)
-template <typename T>
-__device__ __forceinline__ float grad_before_silu(float grad_y, float z, bool silu) {
-    if (!silu) return grad_y;
+template <typename T> __device__ __forceinline__ float grad_before_silu(float grad_y, float z, bool silu) {
+    if (!silu)
+        return grad_y;
     const float s = sigmoid<T>(z);
     return grad_y * (s * (1.0f + z * (1.0f - s)));
 }
 
 // D, E and X of V neighbouring channels
-template <int V>
-struct ChannelSums {
+template <int V> struct ChannelSums {
     float sums[kSums][V] = {};
 
     __device__ __forceinline__ void add(int j, float d, float x_hat) {
@@ -75,18 +60,17 @@ struct ChannelSums {
     }
 };
 
-__device__ __forceinline__ float* partial_of(const GroupNormBackward& a, int64_t n, int chunk, int sum, int channel) {
-    const int64_t all = a.shape.c + a.shape.c_skip;
+__device__ __forceinline__ float *partial_of(const BackwardLaunch &a, int64_t n, int chunk, int sum, int channel) {
+    const int64_t all = a.call.shape.c + a.call.shape.c_skip;
     return a.partials + ((n * a.plan.chunks + chunk) * kSums + sum) * all + channel;
 }
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, kBackwardResidency)
-    group_norm_sums_channels_last(const GroupNormBackward a) {
-    KF_SHARED(float, shared);  // [kSums * V][threads]
+template <typename T, int V> __global__ void __launch_bounds__(kThreads, kBackwardResidency)
+    group_norm_sums_channels_last(const BackwardLaunch a) {
+    KF_SHARED(float, shared); // [kSums * V][threads]
     constexpr int U = kBackwardUnroll<V>;
-    const GroupNormShape& s = a.shape;
-    const GroupNormPlan& p = a.plan;
+    const GroupNormSiluShape &s = a.call.shape;
+    const GroupNormPlan &p = a.plan;
     const Tile t = tile_of(s, p);
     const int lane = threadIdx.x / p.columns;
     const int column = threadIdx.x % p.columns;
@@ -96,12 +80,13 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidency)
     ChannelSums<V> sums;
     if (active) {
         const int64_t all = s.c + s.c_skip;
-        const T* const grad = static_cast<const T*>(a.grad_y) + t.n * s.hw * all + channel;
+        const T *const grad = static_cast<const T *>(a.call.grad_y) + t.n * s.hw * all + channel;
         const Column<const T> in =
-            column_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, t.n, channel);
+            column_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, t.n, channel);
         ChannelTerms terms[V];
 #pragma unroll
-        for (int j = 0; j < V; ++j) terms[j] = channel_terms<T>(a, t.n, channel + j);
+        for (int j = 0; j < V; ++j)
+            terms[j] = channel_terms<T>(a, t.n, channel + j);
         for (int row = t.row_begin + lane; row < t.row_end; row += U * p.row_lanes) {
             Pack<T, V> grads[U], packs[U];
 #pragma unroll
@@ -119,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidency)
                     for (int j = 0; j < V; ++j) {
                         const float x_hat = (packs[u].get(j) - terms[j].center) * terms[j].rstd;
                         const float z = x_hat * terms[j].weight + terms[j].bias;
-                        sums.add(j, grad_before_silu<T>(grads[u].get(j), z, a.silu), x_hat);
+                        sums.add(j, grad_before_silu<T>(grads[u].get(j), z, s.silu), x_hat);
                     }
                 }
             }
@@ -128,17 +113,20 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidency)
 
     // halve the row lanes until one is left
     int half = 1;
-    while (half < p.row_lanes) half *= 2;
+    while (half < p.row_lanes)
+        half *= 2;
     for (half /= 2; half > 0; half /= 2) {
         if (active && lane >= half && lane < 2 * half) {
             const int slot = (lane - half) * p.columns + column;
 #pragma unroll
-            for (int i = 0; i < kSums * V; ++i) shared[i * kThreads + slot] = sums.sums[i / V][i % V];
+            for (int i = 0; i < kSums * V; ++i)
+                shared[i * kThreads + slot] = sums.sums[i / V][i % V];
         }
         __syncthreads();
         if (active && lane < half && lane + half < p.row_lanes) {
 #pragma unroll
-            for (int i = 0; i < kSums * V; ++i) sums.sums[i / V][i % V] += shared[i * kThreads + threadIdx.x];
+            for (int i = 0; i < kSums * V; ++i)
+                sums.sums[i / V][i % V] += shared[i * kThreads + threadIdx.x];
         }
         __syncthreads();
     }
@@ -150,14 +138,16 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidency)
     }
 }
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, kBackwardResidency) group_norm_sums_planes(const GroupNormBackward a) {
+template <typename T, int V> __global__ void __launch_bounds__(kThreads, kBackwardResidency)
+    group_norm_sums_planes(const BackwardLaunch a) {
     constexpr int U = kBackwardUnroll<V>;
-    const GroupNormShape& s = a.shape;
+    const GroupNormSiluShape &s = a.call.shape;
     const Segment g = segment_of(s, a.plan);
-    if (!g.valid) return;
-    const T* const grad = static_cast<const T*>(a.grad_y) + (g.n * (s.c + s.c_skip) + g.channel) * s.hw;
-    const T* const in = plane_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, g.n, g.channel);
+    if (!g.valid)
+        return;
+    const T *const grad = static_cast<const T *>(a.call.grad_y) + (g.n * (s.c + s.c_skip) + g.channel) * s.hw;
+    const T *const in =
+        plane_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, g.n, g.channel);
     const ChannelTerms terms = channel_terms<T>(a, g.n, g.channel);
     const int lane = threadIdx.x % kWarp;
     ChannelSums<1> sums;
@@ -178,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidency) group_norm_sums_
                 for (int j = 0; j < V; ++j) {
                     const float x_hat = (packs[u].get(j) - terms.center) * terms.rstd;
                     const float z = x_hat * terms.weight + terms.bias;
-                    sums.add(0, grad_before_silu<T>(grads[u].get(j), z, a.silu), x_hat);
+                    sums.add(0, grad_before_silu<T>(grads[u].get(j), z, s.silu), x_hat);
                 }
             }
         }
@@ -186,14 +176,15 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidency) group_norm_sums_
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
         const float sum = warp_sum(sums.sums[i][0]);
-        if (lane == 0) *partial_of(a, g.n, g.chunk, i, g.channel) = sum;
+        if (lane == 0)
+            *partial_of(a, g.n, g.chunk, i, g.channel) = sum;
     }
 }
 
 // One block per (sample, group): totals over the chunks, the two means, and grad_channel_add.
-__global__ void __launch_bounds__(kTotalThreads) group_norm_group_means(const GroupNormBackward a) {
-    KF_SHARED(float, shared);  // [kSums][kTotalThreads]
-    const GroupNormShape& s = a.shape;
+__global__ void __launch_bounds__(kTotalThreads) group_norm_group_means(const BackwardLaunch a) {
+    KF_SHARED(float, shared); // [kSums][kTotalThreads]
+    const GroupNormSiluShape &s = a.call.shape;
     const int64_t all = s.c + s.c_skip;
     const int groups = static_cast<int>(s.groups);
     const int per_group = static_cast<int>(all) / groups;
@@ -213,20 +204,24 @@ __global__ void __launch_bounds__(kTotalThreads) group_norm_group_means(const Gr
         if (exists && lane < lanes) {
             for (int chunk = lane; chunk < a.plan.chunks; chunk += lanes) {
 #pragma unroll
-                for (int i = 0; i < kSums; ++i) sums[i] += *partial_of(a, n, chunk, i, channel);
+                for (int i = 0; i < kSums; ++i)
+                    sums[i] += *partial_of(a, n, chunk, i, channel);
             }
         }
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) shared[i * kTotalThreads + threadIdx.x] = sums[i];
+        for (int i = 0; i < kSums; ++i)
+            shared[i * kTotalThreads + threadIdx.x] = sums[i];
         __syncthreads();
         if (exists && lane == 0) {
             for (int other = 1; other < lanes; ++other) {
 #pragma unroll
-                for (int i = 0; i < kSums; ++i) sums[i] += shared[i * kTotalThreads + other * columns + column];
+                for (int i = 0; i < kSums; ++i)
+                    sums[i] += shared[i * kTotalThreads + other * columns + column];
             }
 #pragma unroll
-            for (int i = 0; i < kSums; ++i) a.totals[(n * kSums + i) * all + channel] = sums[i];
-            const float weight = load_any(a.weight, channel, a.weight_dtype);
+            for (int i = 0; i < kSums; ++i)
+                a.totals[(n * kSums + i) * all + channel] = sums[i];
+            const float weight = load_any(a.call.weight, channel, s.weight_dtype, 1.0f);
             weighted_d += weight * sums[0];
             weighted_e += weight * sums[1];
         }
@@ -252,57 +247,65 @@ __global__ void __launch_bounds__(kTotalThreads) group_norm_group_means(const Gr
     const float count = positions * static_cast<float>(per_group);
     m1 /= count;
     m2 /= count;
-    if (threadIdx.x == 0) a.group_means[blockIdx.x] = make_float2(m1, m2);
-    if (!a.grad_channel_add || lane != 0) return;
-    const float rstd = a.rstd[blockIdx.x];
+    if (threadIdx.x == 0)
+        a.group_means[blockIdx.x] = make_float2(m1, m2);
+    if (!a.call.grad_channel_add || lane != 0)
+        return;
+    const float rstd = a.call.rstd[blockIdx.x];
     for (int channel = first + column; channel < first + per_group; channel += columns) {
-        const float d = a.totals[n * kSums * all + channel];  // this thread wrote them
+        const float d = a.totals[n * kSums * all + channel]; // this thread wrote them
         const float x_hat = a.totals[(n * kSums + 2) * all + channel];
-        const float weight = load_any(a.weight, channel, a.weight_dtype);
-        a.grad_channel_add[n * all + channel] = rstd * (weight * d - positions * m1 - m2 * x_hat);
+        const float weight = load_any(a.call.weight, channel, s.weight_dtype, 1.0f);
+        a.call.grad_channel_add[n * all + channel] = rstd * (weight * d - positions * m1 - m2 * x_hat);
     }
 }
 
 // A thread per channel adds the samples in order.
-__global__ void __launch_bounds__(kTotalThreads) group_norm_grad_affine(const GroupNormBackward a) {
-    const int64_t all = a.shape.c + a.shape.c_skip;
+__global__ void __launch_bounds__(kTotalThreads) group_norm_grad_affine(const BackwardLaunch a) {
+    const int64_t all = a.call.shape.c + a.call.shape.c_skip;
     const int64_t channel = static_cast<int64_t>(blockIdx.x) * kTotalThreads + threadIdx.x;
-    if (channel >= all) return;
+    if (channel >= all)
+        return;
     float d = 0.0f;
     float e = 0.0f;
-    for (int64_t n = 0; n < a.shape.n; ++n) {
+    for (int64_t n = 0; n < a.call.shape.n; ++n) {
         d += a.totals[n * kSums * all + channel];
         e += a.totals[(n * kSums + 1) * all + channel];
     }
-    if (a.grad_bias) a.grad_bias[channel] = d;
-    if (a.grad_weight) a.grad_weight[channel] = e;
+    if (a.call.grad_bias)
+        a.call.grad_bias[channel] = d;
+    if (a.call.grad_weight)
+        a.call.grad_weight[channel] = e;
 }
 
 // grad_x of one element
 template <typename T>
-__device__ __forceinline__ float grad_input(float grad_y, float x, const ChannelTerms& terms, float2 means, bool silu) {
+__device__ __forceinline__ float grad_input(float grad_y, float x, const ChannelTerms &terms, float2 means, bool silu) {
     const float x_hat = (x - terms.center) * terms.rstd;
     const float z = x_hat * terms.weight + terms.bias;
     const float d = grad_before_silu<T>(grad_y, z, silu);
     return terms.rstd * (d * terms.weight - means.x - x_hat * means.y);
 }
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, kBackwardResidency)
-    group_norm_grad_channels_last(const GroupNormBackward a) {
+template <typename T, int V> __global__ void __launch_bounds__(kThreads, kBackwardResidency)
+    group_norm_grad_channels_last(const BackwardLaunch a) {
     constexpr int U = kBackwardUnroll<V>;
-    const GroupNormShape& s = a.shape;
-    const GroupNormPlan& p = a.plan;
+    const GroupNormSiluShape &s = a.call.shape;
+    const GroupNormPlan &p = a.plan;
     const Tile t = tile_of(s, p);
     const int lane = threadIdx.x / p.columns;
     const int column = threadIdx.x % p.columns;
-    if (lane >= p.row_lanes || column * V >= t.channels) return;
+    if (lane >= p.row_lanes || column * V >= t.channels)
+        return;
     const int channel = t.channel + column * V;
     const int64_t all = s.c + s.c_skip;
-    const T* const grad = static_cast<const T*>(a.grad_y) + t.n * s.hw * all + channel;
-    const Column<const T> in = column_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, t.n, channel);
-    const Column<T> out = column_of(static_cast<T*>(a.grad_x), static_cast<T*>(a.grad_skip), s, t.n, channel);
-    if (!out.base) return;
+    const T *const grad = static_cast<const T *>(a.call.grad_y) + t.n * s.hw * all + channel;
+    const Column<const T> in =
+        column_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, t.n, channel);
+    const Column<T> out =
+        column_of(static_cast<T *>(a.call.grad_x), static_cast<T *>(a.call.grad_skip), s, t.n, channel);
+    if (!out.base)
+        return;
     const int per_group = t.channels / t.groups;
     ChannelTerms terms[V];
     float2 means[V];
@@ -330,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidency)
                 float v[V];
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
-                    v[j] = grad_input<T>(grads[u].get(j), packs[u].get(j), terms[j], means[j], a.silu);
+                    v[j] = grad_input<T>(grads[u].get(j), packs[u].get(j), terms[j], means[j], s.silu);
                 }
                 store<T, V>(out.base + r * out.stride, v);
             }
@@ -338,16 +341,19 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidency)
     }
 }
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, kBackwardResidency) group_norm_grad_planes(const GroupNormBackward a) {
+template <typename T, int V> __global__ void __launch_bounds__(kThreads, kBackwardResidency)
+    group_norm_grad_planes(const BackwardLaunch a) {
     constexpr int U = kBackwardUnroll<V>;
-    const GroupNormShape& s = a.shape;
+    const GroupNormSiluShape &s = a.call.shape;
     const Segment g = segment_of(s, a.plan);
-    if (!g.valid) return;
-    const T* const grad = static_cast<const T*>(a.grad_y) + (g.n * (s.c + s.c_skip) + g.channel) * s.hw;
-    const T* const in = plane_of(static_cast<const T*>(a.x), static_cast<const T*>(a.skip), s, g.n, g.channel);
-    T* const out = plane_of(static_cast<T*>(a.grad_x), static_cast<T*>(a.grad_skip), s, g.n, g.channel);
-    if (!out) return;
+    if (!g.valid)
+        return;
+    const T *const grad = static_cast<const T *>(a.call.grad_y) + (g.n * (s.c + s.c_skip) + g.channel) * s.hw;
+    const T *const in =
+        plane_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, g.n, g.channel);
+    T *const out = plane_of(static_cast<T *>(a.call.grad_x), static_cast<T *>(a.call.grad_skip), s, g.n, g.channel);
+    if (!out)
+        return;
     const ChannelTerms terms = channel_terms<T>(a, g.n, g.channel);
     const float2 means = a.group_means[g.n * s.groups + g.channel / a.plan.parts];
     constexpr int kStep = U * kWarp * V;
@@ -369,7 +375,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidency) group_norm_grad_
                 float v[V];
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
-                    v[j] = grad_input<T>(grads[u].get(j), packs[u].get(j), terms, means, a.silu);
+                    v[j] = grad_input<T>(grads[u].get(j), packs[u].get(j), terms, means, s.silu);
                 }
                 store<T, V>(out + at, v);
             }
@@ -377,16 +383,15 @@ __global__ void __launch_bounds__(kThreads, kBackwardResidency) group_norm_grad_
     }
 }
 
-template <typename T, int V>
-inline cudaError_t launch_backward(const GroupNormBackward& a, bool channels_last, cudaStream_t stream) {
-    const GroupNormPlan& p = a.plan;
-    const GroupNormShape& s = a.shape;
+template <typename T, int V> inline cudaError_t launch_backward(const BackwardLaunch &a, cudaStream_t stream) {
+    const GroupNormPlan &p = a.plan;
+    const GroupNormSiluShape &s = a.call.shape;
     const dim3 grid(static_cast<unsigned>(p.blocks));
     const dim3 block(p.threads);
     auto sums = group_norm_sums_planes<T, V>;
     auto grad = group_norm_grad_planes<T, V>;
     size_t sums_bytes = 0;
-    if (channels_last) {
+    if (s.channels_last) {
         sums = group_norm_sums_channels_last<T, V>;
         grad = group_norm_grad_channels_last<T, V>;
         sums_bytes = kSums * V * kThreads * sizeof(float);
@@ -395,75 +400,55 @@ inline cudaError_t launch_backward(const GroupNormBackward& a, bool channels_las
     const size_t totals_bytes = kSums * kTotalThreads * sizeof(float);
     const dim3 groups(static_cast<unsigned>(s.n * s.groups));
     KF_LAUNCH(group_norm_group_means, groups, dim3(kTotalThreads), totals_bytes, stream, a);
-    if (a.grad_weight || a.grad_bias) {
+    if (a.call.grad_weight || a.call.grad_bias) {
         const dim3 channels(static_cast<unsigned>(ceil_div(s.channels(), kTotalThreads)));
         KF_LAUNCH(group_norm_grad_affine, channels, dim3(kTotalThreads), 0, stream, a);
     }
-    if (a.grad_x || a.grad_skip) KF_LAUNCH(grad, grid, block, 0, stream, a);
+    if (a.call.grad_x || a.call.grad_skip)
+        KF_LAUNCH(grad, grid, block, 0, stream, a);
     return cudaGetLastError();
 }
 
 // an empty batch still has gradients of its parameters: zero
-inline cudaError_t clear(float* grad, int64_t count, cudaStream_t stream) {
+inline cudaError_t clear(float *grad, int64_t count, cudaStream_t stream) {
     return grad && count ? cudaMemsetAsync(grad, 0, count * sizeof(float), stream) : cudaSuccess;
 }
 
 // Any of the five gradients may be absent (0). grad_x and grad_skip have the dtype of x, the others are fp32.
 // The workspace has group_norm_silu_workspace(...) bytes and may hold anything.
-inline cudaError_t group_norm_silu_backward(const void* grad_y, const void* x, const void* skip, const void* weight,
-                                            const void* bias, const void* channel_add, const float* mean,
-                                            const float* rstd, void* grad_x, void* grad_skip, float* grad_weight,
-                                            float* grad_bias, float* grad_channel_add, void* workspace, int64_t n,
+inline cudaError_t group_norm_silu_backward(const void *grad_y, const void *x, const void *skip, const void *weight,
+                                            const void *bias, const void *channel_add, const float *mean,
+                                            const float *rstd, void *grad_x, void *grad_skip, float *grad_weight,
+                                            float *grad_bias, float *grad_channel_add, void *workspace, int64_t n,
                                             int64_t c, int64_t c_skip, int64_t hw, int64_t groups, bool silu,
                                             bool channels_last, int dtype, int weight_dtype, cudaStream_t stream) {
-    const GroupNormShape shape{n, c, c_skip, hw, groups};
-    if (!valid_shape(shape, dtype, weight_dtype)) return cudaErrorInvalidValue;
+    const GroupNormSiluShape shape{
+        n, c, c_skip, hw, groups, silu, channels_last, static_cast<DType>(dtype), static_cast<DType>(weight_dtype)};
+    if (!valid_shape(shape))
+        return cudaErrorInvalidValue;
     const int64_t all = shape.channels();
     if (n == 0 || hw == 0) {
-        for (const auto& [grad, count] : {std::pair{grad_weight, all}, {grad_bias, all}, {grad_channel_add, n * all}}) {
-            if (const cudaError_t error = clear(grad, count, stream); error != cudaSuccess) return error;
+        for (const auto &[grad, count] : {std::pair{grad_weight, all}, {grad_bias, all}, {grad_channel_add, n * all}}) {
+            if (const cudaError_t error = clear(grad, count, stream); error != cudaSuccess)
+                return error;
         }
         return cudaSuccess;
     }
     int processors = 0;
-    if (const cudaError_t error = multiprocessors(&processors); error != cudaSuccess) return error;
-    const bool aligned = aligned16(grad_y, x, skip, grad_x, grad_skip);
-    const int vector = vector_width(shape, channels_last, dtype, aligned);
-    const GroupNormPlan plan = group_norm_plan(shape, channels_last, vector, true, processors);
-    if (!launchable(shape, plan)) return cudaErrorInvalidValue;
-    float2* const group_means = static_cast<float2*>(workspace);
-    float* const totals = reinterpret_cast<float*>(group_means + n * groups);
-    const GroupNormBackward a{grad_y,
-                              x,
-                              skip,
-                              weight,
-                              bias,
-                              channel_add,
-                              mean,
-                              rstd,
-                              grad_x,
-                              grad_skip,
-                              grad_weight,
-                              grad_bias,
-                              grad_channel_add,
-                              totals + kSums * n * all,
-                              totals,
-                              group_means,
-                              shape,
-                              plan,
-                              weight_dtype,
-                              silu};
-    switch (dtype) {
-        case kFloat32:
-            return vector == 1 ? launch_backward<float, 1>(a, channels_last, stream)
-                               : launch_backward<float, 4>(a, channels_last, stream);
-        case kFloat16:
-            return vector == 1 ? launch_backward<__half, 1>(a, channels_last, stream)
-                               : launch_backward<__half, 8>(a, channels_last, stream);
-        default:
-            return vector == 1 ? launch_backward<__nv_bfloat16, 1>(a, channels_last, stream)
-                               : launch_backward<__nv_bfloat16, 8>(a, channels_last, stream);
-    }
+    if (const cudaError_t error = multiprocessors(&processors); error != cudaSuccess)
+        return error;
+    const int vector = vector_width(shape, aligned16(grad_y, x, skip, grad_x, grad_skip));
+    const GroupNormPlan plan = group_norm_plan(shape, vector, true, processors);
+    if (!launchable(shape, plan))
+        return cudaErrorInvalidValue;
+    const GroupNormSiluBackward call{shape, grad_y, x,      skip,      weight,      bias,      channel_add,
+                                     mean,  rstd,   grad_x, grad_skip, grad_weight, grad_bias, grad_channel_add};
+    float2 *const group_means = static_cast<float2 *>(workspace);
+    float *const totals = reinterpret_cast<float *>(group_means + n * groups);
+    const BackwardLaunch launch{call, plan, totals + kSums * n * all, totals, group_means};
+    return dispatch(shape.dtype, vector, [&](auto element, auto width) {
+        return launch_backward<decltype(element), decltype(width)::value>(launch, stream);
+    });
 }
 
-}  // namespace kolors_fast
+} // namespace kolors_fast

@@ -1,7 +1,7 @@
 // The CUDA launchers compiled for the SIMT machine: pointers to them, to be called through ctypes.
-#include "group_norm_silu.cuh"
-#include "group_norm_silu_backward.cuh"
-#include "guided_step.cuh"
+#include "cuda/group_norm_silu.cuh"
+#include "cuda/group_norm_silu_backward.cuh"
+#include "cuda/guided_step.cuh"
 
 #define EXPORT(name) decltype(&kolors_fast::name) name = kolors_fast::name
 
@@ -18,11 +18,13 @@ void configure(int multiprocessors, bool reversed) {
 
 // blocks, threads, chunks, rows, slices, slice_channels, parts, columns, row_lanes
 void group_norm_plan(int64_t n, int64_t c_total, int64_t hw, int64_t groups, bool channels_last, int vector,
-                     bool backward, int multiprocessors, int64_t* out) {
-    const kolors_fast::GroupNormPlan p =
-        kolors_fast::group_norm_plan({n, c_total, 0, hw, groups}, channels_last, vector, backward, multiprocessors);
-    const int64_t fields[] = {p.blocks, p.threads, p.chunks, p.rows, p.slices, p.slice_channels,
-                              p.parts,  p.columns, p.row_lanes};
+                     bool backward, int multiprocessors, int64_t *out) {
+    using kolors_fast::DType;
+    const kolors_fast::GroupNormSiluShape shape{
+        n, c_total, 0, hw, groups, false, channels_last, DType::float32, DType::float32};
+    const kolors_fast::GroupNormPlan p = kolors_fast::group_norm_plan(shape, vector, backward, multiprocessors);
+    const int64_t fields[] = {p.blocks,         p.threads, p.chunks,  p.rows,     p.slices,
+                              p.slice_channels, p.parts,   p.columns, p.row_lanes};
     std::copy(std::begin(fields), std::end(fields), out);
 }
 }

@@ -60,33 +60,36 @@ struct alignas(4) __nv_bfloat162 {
 };
 
 namespace simt {
-template <typename To, typename From>
-To bit_cast(const From& from) {
+template <typename To, typename From> To bit_cast(const From &from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
     std::memcpy(&to, &from, sizeof(To));
     return to;
 }
-}  // namespace simt
+} // namespace simt
 
 inline float __bfloat162float(__nv_bfloat16 v) { return simt::bit_cast<float>(uint32_t{v.bits} << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float f) {
     const uint32_t bits = simt::bit_cast<uint32_t>(f);
-    if (std::isnan(f)) return {0x7fff};
+    if (std::isnan(f))
+        return {0x7fff};
     return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 inline float __half2float(__half v) {
     const int exponent = v.bits >> 10 & 31;
     const int fraction = v.bits & 1023;
     float f = exponent == 0 ? std::ldexp(float(fraction), -24) : std::ldexp(float(fraction + 1024), exponent - 25);
-    if (exponent == 31) f = fraction ? NAN : INFINITY;
+    if (exponent == 31)
+        f = fraction ? NAN : INFINITY;
     return v.bits >> 15 ? -f : f;
 }
 inline __half __float2half_rn(float f) {
     const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
-    if (std::isnan(f)) return {0x7fff};
+    if (std::isnan(f))
+        return {0x7fff};
     const float a = std::fabs(f);
-    if (a >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+    if (a >= 65520.0f)
+        return {static_cast<uint16_t>(sign | 0x7c00)};
     // the spacing of halves around a; nearbyint rounds to even, and a carry moves into the exponent
     const int exponent = std::max(a > 0.0f ? std::ilogb(a) : -14, -14);
     const int steps = static_cast<int>(std::nearbyint(std::ldexp(a, 10 - exponent)));
@@ -103,7 +106,7 @@ inline float __fdividef(float x, float y) { return x / y; }
 
 // ---- run-time API ----
 
-using cudaStream_t = void*;
+using cudaStream_t = void *;
 enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
@@ -134,21 +137,21 @@ inline cudaError_t error = cudaSuccess;
 inline unsigned thread, threads;
 inline std::vector<Fibre> fibres;
 inline std::vector<float4> shared_memory;
-inline std::vector<float> exchanged;  // [2][threads]: what each lane offers in even and odd shuffles
-inline const std::function<void()>* body;
+inline std::vector<float> exchanged; // [2][threads]: what each lane offers in even and odd shuffles
+inline const std::function<void()> *body;
 inline ucontext_t main_start;
 inline jmp_buf main_resume;
 
-}  // namespace simt
+} // namespace simt
 
 // one-dimensional grids and blocks are all that the kernels use
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-inline cudaError_t cudaGetDevice(int* device) {
+inline cudaError_t cudaGetDevice(int *device) {
     *device = 0;
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
     *value = simt::multiprocessors;
     return cudaSuccess;
 }
@@ -157,7 +160,7 @@ inline cudaError_t cudaGetLastError() {
     simt::error = cudaSuccess;
     return last;
 }
-inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void *address, int value, size_t bytes, cudaStream_t) {
     std::memset(address, value, bytes);
     return cudaSuccess;
 }
@@ -168,7 +171,8 @@ namespace simt {
 
 inline void yield(State state) {
     fibres[thread].state = state;
-    if (!_setjmp(fibres[thread].resume)) _longjmp(main_resume, 1);
+    if (!_setjmp(fibres[thread].resume))
+        _longjmp(main_resume, 1);
 }
 
 inline void fail(cudaError_t code) {
@@ -182,14 +186,17 @@ inline void fibre_main() {
 }
 
 inline void run(unsigned t) {
-    Fibre& fibre = fibres[t];
+    Fibre &fibre = fibres[t];
     thread = t;
     threadIdx.x = t;
     const bool fresh = fibre.stack == nullptr || fibre.shuffles == ~0u;
     fibre.state = State::ready;
-    if (_setjmp(main_resume)) return;
-    if (!fresh) _longjmp(fibre.resume, 1);
-    if (!fibre.stack) fibre.stack.reset(new char[kStack]);
+    if (_setjmp(main_resume))
+        return;
+    if (!fresh)
+        _longjmp(fibre.resume, 1);
+    if (!fibre.stack)
+        fibre.stack.reset(new char[kStack]);
     fibre.shuffles = 0;
     getcontext(&fibre.start);
     fibre.start.uc_stack.ss_sp = fibre.stack.get();
@@ -210,34 +217,43 @@ inline bool release() {
             waiting += fibres[t].state == State::shuffle;
             all_at_barrier &= fibres[t].state == State::barrier || fibres[t].state == State::done;
         }
-        if (waiting != last - first) continue;
-        for (unsigned t = first; t < last; ++t) fibres[t].state = State::ready;
+        if (waiting != last - first)
+            continue;
+        for (unsigned t = first; t < last; ++t)
+            fibres[t].state = State::ready;
         released = true;
     }
-    if (released || !all_at_barrier) return released;
+    if (released || !all_at_barrier)
+        return released;
     for (unsigned t = 0; t < threads; ++t) {
-        if (fibres[t].state == State::barrier) fibres[t].state = State::ready, released = true;
+        if (fibres[t].state == State::barrier)
+            fibres[t].state = State::ready, released = true;
     }
     return released;
 }
 
 inline void run_block() {
-    std::memset(static_cast<void*>(shared_memory.data()), 0xff, shared_memory.size() * sizeof(float4));
-    for (Fibre& fibre : fibres) fibre.state = State::ready, fibre.shuffles = ~0u;
+    std::memset(static_cast<void *>(shared_memory.data()), 0xff, shared_memory.size() * sizeof(float4));
+    for (Fibre &fibre : fibres)
+        fibre.state = State::ready, fibre.shuffles = ~0u;
     do {
         for (unsigned i = 0; i < threads; ++i) {
             const unsigned t = reversed ? threads - 1 - i : i;
-            if (fibres[t].state == State::ready) run(t);
-            if (error != cudaSuccess) return;
+            if (fibres[t].state == State::ready)
+                run(t);
+            if (error != cudaSuccess)
+                return;
         }
     } while (release());
     for (unsigned t = 0; t < threads; ++t) {
-        if (fibres[t].state != State::done) error = cudaErrorLaunchFailure;
+        if (fibres[t].state != State::done)
+            error = cudaErrorLaunchFailure;
     }
 }
 
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
-    if (error != cudaSuccess) return;
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &kernel) {
+    if (error != cudaSuccess)
+        return;
     if (grid.x == 0 || block.x == 0 || block.x > 1024 || block.x % kWarpSize != 0 || shared_bytes > 48 * 1024) {
         error = cudaErrorInvalidConfiguration;
         return;
@@ -246,7 +262,8 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
     blockDim = block;
     gridDim = grid;
     body = &kernel;
-    if (fibres.size() < threads) fibres.resize(threads);
+    if (fibres.size() < threads)
+        fibres.resize(threads);
     exchanged.resize(2 * fibres.size());
     shared_memory.resize((shared_bytes + sizeof(float4) - 1) / sizeof(float4));
     for (unsigned i = 0; i < grid.x && error == cudaSuccess; ++i) {
@@ -255,22 +272,23 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
     }
 }
 
-inline void check_aligned(const void* address, size_t bytes) {
-    if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fail(cudaErrorMisalignedAddress);
+inline void check_aligned(const void *address, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+        fail(cudaErrorMisalignedAddress);
 }
 
-}  // namespace simt
+} // namespace simt
 
-#define KF_LAUNCH(kernel, grid, block, smem, stream, ...) \
+#define KF_LAUNCH(kernel, grid, block, smem, stream, ...)                                                              \
     ((void)(stream), simt::launch((grid), (block), (smem), [&] { kernel(__VA_ARGS__); }))
-#define KF_SHARED(type, name) type* const name = reinterpret_cast<type*>(simt::shared_memory.data())
+#define KF_SHARED(type, name) type *const name = reinterpret_cast<type *>(simt::shared_memory.data())
 #define KF_CHECK_ALIGNED(address, bytes) simt::check_aligned(address, bytes)
 
 inline void __syncthreads() { simt::yield(simt::State::barrier); }
 
 inline float __shfl_sync(unsigned, float value, int source) {
     const unsigned thread = simt::thread;
-    float* const offered = simt::exchanged.data() + simt::fibres[thread].shuffles++ % 2 * simt::fibres.size();
+    float *const offered = simt::exchanged.data() + simt::fibres[thread].shuffles++ % 2 * simt::fibres.size();
     offered[thread] = value;
     simt::yield(simt::State::shuffle);
     return offered[thread / simt::kWarpSize * simt::kWarpSize + source];
