@@ -32,18 +32,21 @@ from torch import Tensor
 
 from .device import guard, multiprocessors
 
-TILE = 4096  # elements; 16 per thread: up to four 16-byte loads in flight, and both accumulators stay in registers
-PROGRAMS_PER_MULTIPROCESSOR = 4  # resident at once with 8 warps of at most 64 registers
+# bytes of a tile: two 16-byte loads in flight per thread. The backward pass reads two tensors, so it takes half of
+# each; twice as much would fill the registers of a multiprocessor with one program
+FORWARD_TILE, BACKWARD_TILE = 8192, 4096
+NUM_WARPS = 8
+PROGRAMS_PER_MULTIPROCESSOR = 4  # about as many as are resident at once
 
 
 @dataclass(frozen=True)
 class Config:
-    """How a GroupNorm is cut into programs. Only `chunk` and `chunks` follow the resolution of the picture,
+    """How a GroupNorm is cut into programs. Only `tiles` and `chunks` follow the resolution of the picture,
     and those are run-time arguments: a new resolution compiles nothing."""
 
     block_p: int  # pixels of a tile
     block_c: int  # channels of a tile
-    chunk: int  # pixels of a program, a multiple of block_p
+    tiles: int  # of a chunk, which is what one program does
     chunks: int  # K
     blocks: int  # B
     slots: int  # power of two, at least the number of groups that meet in one block
@@ -58,19 +61,20 @@ class Config:
 @cache
 def configure(
     samples: int, x_channels: int, skip_channels: int, size: int, num_groups: int,
-    itemsize: int, channels_last: bool, multiprocessors: int,
+    itemsize: int, channels_last: bool, multiprocessors: int, tile: int,
 ) -> Config:  # fmt: skip
-    """Config for [samples, x_channels + skip_channels, size pixels] on a GPU of so many multiprocessors."""
+    """Config for [samples, x_channels + skip_channels, size pixels] on a GPU of so many multiprocessors,
+    for the pass whose tiles have so many bytes."""
     vector = 16 // itemsize
     if channels_last:
         # 64 channels are whole 128-byte lines in 16 bit, and divide every width of Kolors and of its autoencoder
         block_c = min(64, triton.next_power_of_2(max(x_channels, skip_channels)))
         inner = (x_channels, skip_channels)
     else:
-        # a warp's 16-byte loads are one run of 256 pixels in 16 bit; the tile does not follow the resolution
-        block_c = TILE // 256
+        # runs of 64 to 256 pixels, whatever the resolution
+        block_c = 16
         inner = (size, size)
-    block_p = TILE // block_c
+    block_p = tile // itemsize // block_c
 
     spans = _block_spans(x_channels, skip_channels, block_c)
     group_size = (x_channels + skip_channels) // num_groups
@@ -80,19 +84,19 @@ def configure(
         for group in range(first, last + 1):
             shares[group] += 1
 
-    tiles = -(-size // block_p)
+    all_tiles = -(-size // block_p)
     wanted = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
-    chunk = max(1, tiles * samples * len(spans) // wanted) * block_p
+    tiles = max(1, all_tiles * samples * len(spans) // wanted)
     return Config(
         block_p=block_p,
         block_c=block_c,
-        chunk=chunk,
-        chunks=-(-size // chunk),
+        tiles=tiles,
+        chunks=-(-all_tiles // tiles),
         blocks=len(spans),
         slots=triton.next_power_of_2(max(last - first + 1 for first, last in met)),
         parts=max(shares),
         vector=vector if all(length % vector == 0 for length in inner) else 1,
-        num_warps=8,
+        num_warps=NUM_WARPS,
     )
 
 
@@ -106,8 +110,8 @@ def _block_spans(x_channels: int, skip_channels: int, block_c: int) -> list[tupl
 
 # every integer is a plain run-time argument: neither a 1 nor a multiple of 16 makes another variant.
 # What the compiler may rely on is said by VECTOR, and by the alignment of the pointers
-_SIZES = ["size", "x_channels", "skip_channels", "add_stride", "chunk", "chunks", "first_block", "blocks", "samples",
-          "all_channels"]
+_SIZES = ["size", "x_channels", "skip_channels", "all_channels", "add_stride", "tiles", "chunks"]
+_SIZES += ["first_block", "blocks", "samples"]
 
 
 @triton.jit
@@ -120,13 +124,15 @@ def _aligned(size, x_channels, skip_channels, CHANNELS_LAST: tl.constexpr, VECTO
 
 
 @triton.jit
-def _program(size, x_channels, chunk, chunks, first_block, blocks, BLOCK_C: tl.constexpr):
-    """(sample, chunk, its pixels [begin, end), block, whether the block lies in skip) of this program."""
+def _program(
+    size, x_channels, tiles, chunks, first_block, blocks, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """(sample, chunk, its first pixel, pixels from there on, block, whether that lies in skip) of this program."""
     block = first_block + tl.program_id(0) % blocks
     rest = tl.program_id(0) // blocks
-    begin = rest % chunks * chunk
+    begin = rest % chunks * (tiles * BLOCK_P)
     in_skip = block >= tl.cdiv(x_channels, BLOCK_C)
-    return (rest // chunks).to(tl.int64), rest % chunks, begin, tl.minimum(begin + chunk, size), block, in_skip
+    return (rest // chunks).to(tl.int64), rest % chunks, begin, size - begin, block, in_skip
 
 
 @triton.jit
@@ -166,13 +172,13 @@ def _row(ptr, at, mask):
 @triton.jit(do_not_specialize=_SIZES)
 def _statistics_kernel(
     x_ptr, skip_ptr, add_ptr, mean_ptr, m2_ptr,
-    size, x_channels, skip_channels, add_stride, chunk, chunks, blocks,
+    size, x_channels, skip_channels, add_stride, tiles, chunks, blocks,
     CHANNELS_LAST: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """mean, M2 [N, B, SLOTS, K] of the part of each group that lies in this block and chunk."""
     size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
-    n, k, begin, end, block, in_skip = _program(size, x_channels, chunk, chunks, 0, blocks, BLOCK_C)
+    n, k, begin, left, block, in_skip = _program(size, x_channels, tiles, chunks, 0, blocks, BLOCK_P, BLOCK_C)
     first, last = _span(block, x_channels, skip_channels, BLOCK_C)
     channel = first + tl.arange(0, BLOCK_C)
     in_block = channel < last
@@ -187,8 +193,8 @@ def _statistics_kernel(
     pivot = _row(source, local.to(tl.int64) * (1 if CHANNELS_LAST else size), in_block)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for tile in range(0, tl.cdiv(end - begin, BLOCK_P)):
-        valid = (begin + tile * BLOCK_P + pixel < end)[:, None] & in_block[None, :]
+    for tile in range(0, tl.minimum(tiles, tl.cdiv(left, BLOCK_P))):
+        valid = (tile * BLOCK_P + pixel < left)[:, None] & in_block[None, :]
         value = tl.load(source + offsets, mask=valid, other=0.0).to(tl.float32) - pivot[None, :]
         delta = tl.where(valid, value - mean, 0.0)
         mean += delta * (1.0 / (tile + 1.0))
@@ -196,8 +202,8 @@ def _statistics_kernel(
         source += BLOCK_P * (channels if CHANNELS_LAST else 1)
 
     # lanes to channels: lane p has seen every BLOCK_P-th pixel from p on
-    count = (end - begin).to(tl.float32)
-    seen = tl.maximum(tl.cdiv(end - begin - pixel, BLOCK_P), 0).to(tl.float32)[:, None]
+    count = tl.minimum(left, tiles * BLOCK_P).to(tl.float32)
+    seen = tl.minimum(tiles, tl.maximum(tl.cdiv(left - pixel, BLOCK_P), 0)).to(tl.float32)[:, None]
     channel_mean = tl.sum(seen * mean, 0) / count
     deviation = mean - channel_mean[None, :]
     channel_m2 = tl.sum(tl.where(seen > 0, m2 + seen * deviation * deviation, 0.0), 0)
@@ -263,20 +269,20 @@ def _merged(
 @triton.jit(do_not_specialize=_SIZES)
 def _apply_kernel(
     x_ptr, skip_ptr, weight_ptr, bias_ptr, add_ptr, part_mean_ptr, part_m2_ptr, y_ptr, mean_ptr, rstd_ptr,
-    size, x_channels, skip_channels, add_stride, chunk, chunks, blocks, eps,
+    size, x_channels, skip_channels, add_stride, tiles, chunks, blocks, eps,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk and block; the programs of the first chunk also write mean and rstd [N, G]."""
     size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
-    n, k, begin, end, block, in_skip = _program(size, x_channels, chunk, chunks, 0, blocks, BLOCK_C)
+    n, k, begin, left, block, in_skip = _program(size, x_channels, tiles, chunks, 0, blocks, BLOCK_P, BLOCK_C)
     first, last = _span(block, x_channels, skip_channels, BLOCK_C)
     channel = first + tl.arange(0, BLOCK_C)
     in_block = channel < last
 
     group = first // GROUP + tl.arange(0, SLOTS)
     mean, rstd = _merged(
-        part_mean_ptr, part_m2_ptr, n, group, size, x_channels, skip_channels, chunk, chunks, blocks, eps,
+        part_mean_ptr, part_m2_ptr, n, group, size, x_channels, skip_channels, tiles * BLOCK_P, chunks, blocks, eps,
         GROUP, SLOTS, PARTS, BLOCK_C, BLOCK_K,
     )  # fmt: skip
     if k == 0:
@@ -291,9 +297,8 @@ def _apply_kernel(
     scale = tl.sum(tl.where(member, rstd[:, None], 0.0), 0)
     scale *= _row(weight_ptr, channel, in_block)
     bias = _row(bias_ptr, channel, in_block)
-    add = tl.zeros([BLOCK_C], tl.float32)
     if add_ptr is not None:
-        add = _row(add_ptr, n * add_stride + channel, in_block)
+        centre -= _row(add_ptr, n * add_stride + channel, in_block)
 
     channels = tl.where(in_skip, skip_channels, x_channels)
     local = channel - tl.where(in_skip, x_channels, 0)
@@ -303,11 +308,11 @@ def _apply_kernel(
     target_offsets = _offsets(pixel, channel, all_channels, size, CHANNELS_LAST)
     source = _pixels(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
     target = _pixels(y_ptr, n, begin, all_channels, size, CHANNELS_LAST)
-    for tile in range(0, tl.cdiv(end - begin, BLOCK_P)):
-        valid = (begin + tile * BLOCK_P + pixel < end)[:, None] & in_block[None, :]
+    for tile in range(0, tl.minimum(tiles, tl.cdiv(left, BLOCK_P))):
+        valid = (tile * BLOCK_P + pixel < left)[:, None] & in_block[None, :]
         value = tl.load(source + source_offsets, mask=valid, other=0.0).to(tl.float32)
         # subtract the mean before scaling: folding it into the bias would cancel
-        y = (value + add[None, :] - centre[None, :]) * scale[None, :] + bias[None, :]
+        y = (value - centre[None, :]) * scale[None, :] + bias[None, :]
         if SILU:
             y = y * tl.sigmoid(y)
         tl.store(target + target_offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
@@ -316,9 +321,9 @@ def _apply_kernel(
 
 
 @triton.jit
-def _normalised(value, grad_y, add, mean, rstd, weight, bias, SILU: tl.constexpr):
+def _normalised(value, grad_y, centre, rstd, weight, bias, SILU: tl.constexpr):
     """(xhat, gradient of u = xhat * weight + bias) of a tile."""
-    xhat = (value + add[None, :] - mean[None, :]) * rstd[None, :]
+    xhat = (value - centre[None, :]) * rstd[None, :]
     if SILU:
         u = xhat * weight[None, :] + bias[None, :]
         s = tl.sigmoid(u)
@@ -329,26 +334,25 @@ def _normalised(value, grad_y, add, mean, rstd, weight, bias, SILU: tl.constexpr
 @triton.jit(do_not_specialize=_SIZES)
 def _grad_sums_kernel(
     grad_y_ptr, x_ptr, skip_ptr, weight_ptr, bias_ptr, add_ptr, mean_ptr, rstd_ptr, sums_ptr,
-    size, x_channels, skip_channels, add_stride, chunk, chunks, blocks, samples,
+    size, x_channels, skip_channels, add_stride, tiles, chunks, blocks, samples,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Sums of grad_u*xhat, grad_u and xhat over the pixels of this chunk: [3, N, K, C]."""
     size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
-    n, k, begin, end, block, in_skip = _program(size, x_channels, chunk, chunks, 0, blocks, BLOCK_C)
+    n, k, begin, left, block, in_skip = _program(size, x_channels, tiles, chunks, 0, blocks, BLOCK_P, BLOCK_C)
     first, last = _span(block, x_channels, skip_channels, BLOCK_C)
     channel = first + tl.arange(0, BLOCK_C)
     in_block = channel < last
 
     all_channels = x_channels + skip_channels
     group = n * (all_channels // GROUP) + channel // GROUP
-    mean = _row(mean_ptr, group, in_block)
+    centre = _row(mean_ptr, group, in_block)
     rstd = _row(rstd_ptr, group, in_block)
     weight = _row(weight_ptr, channel, in_block)
     bias = _row(bias_ptr, channel, in_block)
-    add = tl.zeros([BLOCK_C], tl.float32)
     if add_ptr is not None:
-        add = _row(add_ptr, n * add_stride + channel, in_block)
+        centre -= _row(add_ptr, n * add_stride + channel, in_block)
 
     channels = tl.where(in_skip, skip_channels, x_channels)
     local = channel - tl.where(in_skip, x_channels, 0)
@@ -360,11 +364,11 @@ def _grad_sums_kernel(
     sum_weight = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_bias = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_xhat = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for tile in range(0, tl.cdiv(end - begin, BLOCK_P)):
-        valid = (begin + tile * BLOCK_P + pixel < end)[:, None] & in_block[None, :]
+    for tile in range(0, tl.minimum(tiles, tl.cdiv(left, BLOCK_P))):
+        valid = (tile * BLOCK_P + pixel < left)[:, None] & in_block[None, :]
         value = tl.load(source + offsets, mask=valid, other=0.0).to(tl.float32)
         grad_y = tl.load(y_source + y_offsets, mask=valid, other=0.0).to(tl.float32)
-        xhat, grad_u = _normalised(value, grad_y, add, mean, rstd, weight, bias, SILU)
+        xhat, grad_u = _normalised(value, grad_y, centre, rstd, weight, bias, SILU)
         sum_weight += tl.where(valid, grad_u * xhat, 0.0)
         sum_bias += tl.where(valid, grad_u, 0.0)
         if add_ptr is not None:
@@ -428,13 +432,13 @@ def _grad_groups_kernel(
 def _grad_input_kernel(
     grad_y_ptr, x_ptr, skip_ptr, weight_ptr, bias_ptr, add_ptr, mean_ptr, rstd_ptr, group_means_ptr,
     grad_x_ptr, grad_skip_ptr,
-    size, x_channels, skip_channels, add_stride, chunk, chunks, first_block, blocks, samples,
+    size, x_channels, skip_channels, add_stride, tiles, chunks, first_block, blocks, samples,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """grad_v = rstd * (weight*grad_u - mean_group(weight*grad_u) - xhat * mean_group(weight*grad_u*xhat))."""
     size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
-    n, k, begin, end, block, in_skip = _program(size, x_channels, chunk, chunks, first_block, blocks, BLOCK_C)
+    n, _, begin, left, block, in_skip = _program(size, x_channels, tiles, chunks, first_block, blocks, BLOCK_P, BLOCK_C)
     first, last = _span(block, x_channels, skip_channels, BLOCK_C)
     channel = first + tl.arange(0, BLOCK_C)
     in_block = channel < last
@@ -442,15 +446,14 @@ def _grad_input_kernel(
     all_channels = x_channels + skip_channels
     groups = all_channels // GROUP
     group = n * groups + channel // GROUP
-    mean = _row(mean_ptr, group, in_block)
+    centre = _row(mean_ptr, group, in_block)
     rstd = _row(rstd_ptr, group, in_block)
     mean_xhat = _row(group_means_ptr, group, in_block)
     mean_one = _row(group_means_ptr, samples.to(tl.int64) * groups + group, in_block)
     weight = _row(weight_ptr, channel, in_block)
     bias = _row(bias_ptr, channel, in_block)
-    add = tl.zeros([BLOCK_C], tl.float32)
     if add_ptr is not None:
-        add = _row(add_ptr, n * add_stride + channel, in_block)
+        centre -= _row(add_ptr, n * add_stride + channel, in_block)
 
     channels = tl.where(in_skip, skip_channels, x_channels)
     local = channel - tl.where(in_skip, x_channels, 0)
@@ -460,11 +463,11 @@ def _grad_input_kernel(
     source = _pixels(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
     target = _pixels(tl.where(in_skip, grad_skip_ptr, grad_x_ptr), n, begin, channels, size, CHANNELS_LAST)
     y_source = _pixels(grad_y_ptr, n, begin, all_channels, size, CHANNELS_LAST)
-    for tile in range(0, tl.cdiv(end - begin, BLOCK_P)):
-        valid = (begin + tile * BLOCK_P + pixel < end)[:, None] & in_block[None, :]
+    for tile in range(0, tl.minimum(tiles, tl.cdiv(left, BLOCK_P))):
+        valid = (tile * BLOCK_P + pixel < left)[:, None] & in_block[None, :]
         value = tl.load(source + offsets, mask=valid, other=0.0).to(tl.float32)
         grad_y = tl.load(y_source + y_offsets, mask=valid, other=0.0).to(tl.float32)
-        xhat, grad_u = _normalised(value, grad_y, add, mean, rstd, weight, bias, SILU)
+        xhat, grad_u = _normalised(value, grad_y, centre, rstd, weight, bias, SILU)
         grad = rstd[None, :] * (weight[None, :] * grad_u - mean_one[None, :] - xhat * mean_xhat[None, :])
         tl.store(target + offsets, grad.to(grad_x_ptr.dtype.element_ty), mask=valid)
         source += BLOCK_P * (channels if CHANNELS_LAST else 1)
@@ -480,14 +483,17 @@ def _empty(like: Tensor, channels: int, channels_last: bool) -> Tensor:
     return like.new_empty((samples, *spatial, channels)).movedim(-1, 1)
 
 
-def _configure(x: Tensor, skip: Tensor | None, num_groups: int, channels_last: bool) -> tuple[Config, int, int, int]:
+def _configure(
+    x: Tensor, skip: Tensor | None, num_groups: int, channels_last: bool, tile: int
+) -> tuple[Config, int, int, int]:
     """(config, size, x_channels, skip_channels)"""
     samples, x_channels = x.shape[:2]
     skip_channels = 0 if skip is None else skip.shape[1]
     size = x.numel() // (samples * x_channels)
     config = configure(
-        samples, x_channels, skip_channels, size, num_groups, x.element_size(), channels_last, multiprocessors(x.device)
-    )
+        samples, x_channels, skip_channels, size, num_groups, x.element_size(), channels_last,
+        multiprocessors(x.device), tile,
+    )  # fmt: skip
     return config, size, x_channels, skip_channels
 
 
@@ -503,7 +509,7 @@ def forward(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [N, C, *spatial] like x, mean fp32 [N, G], rstd fp32 [N, G]); the statistics are those of x + channel_add."""
-    config, size, x_channels, skip_channels = _configure(x, skip, num_groups, channels_last)
+    config, size, x_channels, skip_channels = _configure(x, skip, num_groups, channels_last, FORWARD_TILE)
     samples, channels = x.shape[0], x_channels + skip_channels
     y = _empty(x, channels, channels_last)
     mean, rstd = x.new_empty((2, samples, num_groups), dtype=torch.float32)
@@ -511,7 +517,7 @@ def forward(
     # without a skip no block lies in it, and its pointer is never followed
     sources = (x, x if skip is None else skip)
     add_stride = 0 if channel_add is None else channel_add.stride(0)
-    sizes = (size, x_channels, skip_channels, add_stride, config.chunk, config.chunks, config.blocks)
+    sizes = (size, x_channels, skip_channels, add_stride, config.tiles, config.chunks, config.blocks)
     tile = {
         "CHANNELS_LAST": channels_last, "GROUP": channels // num_groups, "SLOTS": config.slots,
         "BLOCK_P": config.block_p, "BLOCK_C": config.block_c, "VECTOR": config.vector,
@@ -543,7 +549,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x and skip in their dtype, of weight, bias [C] and channel_add [N, C] in fp32; None where one is
     not needed or its input absent."""
-    config, size, x_channels, skip_channels = _configure(x, skip, num_groups, channels_last)
+    config, size, x_channels, skip_channels = _configure(x, skip, num_groups, channels_last, BACKWARD_TILE)
     samples, channels = x.shape[0], x_channels + skip_channels
     group_size = channels // num_groups
     need_x, need_skip, need_weight, need_bias, need_add = needs
@@ -557,7 +563,7 @@ def backward(
     grad_add = x.new_empty((samples, channels), dtype=torch.float32) if need_add else None
     inputs = (grad_y, x, x if skip is None else skip, weight, bias, channel_add, mean, rstd)
     add_stride = 0 if channel_add is None else channel_add.stride(0)
-    sizes = (size, x_channels, skip_channels, add_stride, config.chunk, config.chunks)
+    sizes = (size, x_channels, skip_channels, add_stride, config.tiles, config.chunks)
     tile = {
         "SILU": silu, "CHANNELS_LAST": channels_last, "GROUP": group_size,
         "BLOCK_P": config.block_p, "BLOCK_C": config.block_c, "VECTOR": config.vector,
@@ -568,7 +574,7 @@ def backward(
         _grad_sums_kernel[(config.programs(samples),)](*inputs, sums, *sizes, config.blocks, samples, **tile)
         _grad_groups_kernel[(samples * num_groups,)](
             sums, weight, rstd, channel_sums, group_means, grad_add, size, channels, config.chunks, samples,
-            GROUP=group_size, BLOCK_D=block_d, BLOCK_K=max(1, 2048 // block_d), num_warps=4,
+            GROUP=group_size, BLOCK_D=block_d, BLOCK_K=max(1, 1024 // block_d), num_warps=4,
         )  # fmt: skip
         grad_x = _empty(x, x_channels, channels_last) if need_x else None
         grad_skip = _empty(x, skip_channels, channels_last) if need_skip else None
