@@ -1,6 +1,6 @@
 """Build of kolors_fast: `kernels/` becomes `kolors_fast.kernels`, `csrc/` the extensions `_cpu` and `_cuda`.
 
-No torch here: the extensions take raw pointers. Ninja compiles into `build/`, so a second build redoes only what changed.
+No torch here: the extensions take raw pointers. Ninja compiles into `build/`, and again only what changed.
 Environment: MAX_JOBS (parallel compilers), CXX, CUDA_HOME, KOLORS_FAST_CUDA_ARCHS (e.g. "80;90").
 """
 
@@ -138,7 +138,11 @@ class NinjaBuildExt(build_ext):
         self.build = ROOT / "build" / f"ninja-{tag}"
         self.build.mkdir(parents=True, exist_ok=True)
         ninja = NinjaFile(self.build)
-        includes = [f"-I{CSRC}", f"-isystem {pybind11_headers(self.build)}", f"-isystem {sysconfig.get_path('include')}"]
+        includes = [
+            f"-I{CSRC}",
+            f"-isystem {pybind11_headers(self.build)}",
+            f"-isystem {sysconfig.get_path('include')}",
+        ]
         self.add_cpu(ninja, includes, cuda_status)
         if nvcc:
             self.add_cuda(ninja, includes, nvcc, archs, jobs)
