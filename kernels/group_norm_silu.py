@@ -61,20 +61,17 @@ class Config:
 @cache
 def configure(
     samples: int, x_channels: int, skip_channels: int, size: int, num_groups: int,
-    itemsize: int, channels_last: bool, multiprocessors: int, tile: int,
+    itemsize: int, channels_last: bool, aligned: bool, multiprocessors: int, tile: int,
 ) -> Config:  # fmt: skip
-    """Config for [samples, x_channels + skip_channels, size pixels] on a GPU of so many multiprocessors,
-    for the pass whose tiles have so many bytes."""
-    vector = 16 // itemsize
-    if channels_last:
-        # 64 channels are whole 128-byte lines in 16 bit, and divide every width of Kolors and of its autoencoder
-        block_c = min(64, triton.next_power_of_2(max(x_channels, skip_channels)))
-        inner = (x_channels, skip_channels)
-    else:
-        # runs of 64 to 256 pixels, whatever the resolution
-        block_c = 16
-        inner = (size, size)
-    block_p = tile // itemsize // block_c
+    """Config for [samples, x_channels + skip_channels, size pixels] on a GPU of so many multiprocessors, for the pass
+    whose tiles have `tile` bytes; aligned: whether every tensor starts at a multiple of 16 bytes."""
+    inner = (x_channels, skip_channels) if channels_last else (size,)
+    vector = 16 // itemsize if aligned and all(length * itemsize % 16 == 0 for length in inner) else 1
+    # 64 channels are whole 128-byte lines in 16 bit, and divide every width of Kolors and of its autoencoder; NCHW
+    # takes runs of 64 to 256 pixels, whatever the resolution
+    block_c = min(64, triton.next_power_of_2(max(x_channels, skip_channels))) if channels_last else 16
+    # elements that are loaded one by one need registers for an address each
+    block_p = tile // (itemsize if vector > 1 else 4) // block_c
 
     spans = _block_spans(x_channels, skip_channels, block_c)
     group_size = (x_channels + skip_channels) // num_groups
@@ -95,7 +92,7 @@ def configure(
         blocks=len(spans),
         slots=triton.next_power_of_2(max(last - first + 1 for first, last in met)),
         parts=max(shares),
-        vector=vector if all(length % vector == 0 for length in inner) else 1,
+        vector=vector,
         num_warps=NUM_WARPS,
     )
 
@@ -484,14 +481,15 @@ def _empty(like: Tensor, channels: int, channels_last: bool) -> Tensor:
 
 
 def _configure(
-    x: Tensor, skip: Tensor | None, num_groups: int, channels_last: bool, tile: int
+    x: Tensor, skip: Tensor | None, grad_y: Tensor | None, num_groups: int, channels_last: bool, tile: int
 ) -> tuple[Config, int, int, int]:
     """(config, size, x_channels, skip_channels)"""
     samples, x_channels = x.shape[:2]
     skip_channels = 0 if skip is None else skip.shape[1]
     size = x.numel() // (samples * x_channels)
+    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (x, skip, grad_y))
     config = configure(
-        samples, x_channels, skip_channels, size, num_groups, x.element_size(), channels_last,
+        samples, x_channels, skip_channels, size, num_groups, x.element_size(), channels_last, aligned,
         multiprocessors(x.device), tile,
     )  # fmt: skip
     return config, size, x_channels, skip_channels
@@ -509,7 +507,7 @@ def forward(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [N, C, *spatial] like x, mean fp32 [N, G], rstd fp32 [N, G]); the statistics are those of x + channel_add."""
-    config, size, x_channels, skip_channels = _configure(x, skip, num_groups, channels_last, FORWARD_TILE)
+    config, size, x_channels, skip_channels = _configure(x, skip, None, num_groups, channels_last, FORWARD_TILE)
     samples, channels = x.shape[0], x_channels + skip_channels
     y = _empty(x, channels, channels_last)
     mean, rstd = x.new_empty((2, samples, num_groups), dtype=torch.float32)
@@ -549,7 +547,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x and skip in their dtype, of weight, bias [C] and channel_add [N, C] in fp32; None where one is
     not needed or its input absent."""
-    config, size, x_channels, skip_channels = _configure(x, skip, num_groups, channels_last, BACKWARD_TILE)
+    config, size, x_channels, skip_channels = _configure(x, skip, grad_y, num_groups, channels_last, BACKWARD_TILE)
     samples, channels = x.shape[0], x_channels + skip_channels
     group_size = channels // num_groups
     need_x, need_skip, need_weight, need_bias, need_add = needs
