@@ -154,6 +154,8 @@ class NinjaBuildExt(build_ext):
 
     def add_cpu(self, ninja: NinjaFile, includes: list[str], cuda_status: str) -> None:
         cxx = os.environ.get("CXX", "g++")
+        if not shutil.which(cxx.split()[0]):
+            raise SystemExit(f"kolors_fast needs a C++17 compiler: {cxx} was not found (CXX names another)")
         ninja.rule("cxx", [cxx, "-MMD -MF $out.d", *CXX_FLAGS, "$flags -c $in -o $out"])
         ninja.rule("link", [cxx, "-shared -Wl,-O1 -Wl,--as-needed $in -o $out -ldl"], depfile=False)
         status = f"'-DKOLORS_FAST_CUDA_STATUS=\"{cuda_status}\"'".replace(":", "$:")
@@ -191,9 +193,10 @@ class NinjaBuildExt(build_ext):
         os.replace(partial, target)  # a process that has the old one loaded keeps it
 
 
-setup(
-    packages=[*find_packages(include=["kolors_fast", "kolors_fast.*"]), "kolors_fast.kernels"],
-    package_dir={"kolors_fast.kernels": "kernels"},
-    ext_modules=[Extension("kolors_fast._cpu", sources=[]), Extension("kolors_fast._cuda", sources=[])],
-    cmdclass={"build_ext": NinjaBuildExt},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["kolors_fast", "kolors_fast.*"]), "kolors_fast.kernels"],
+        package_dir={"kolors_fast.kernels": "kernels"},
+        ext_modules=[Extension("kolors_fast._cpu", sources=[]), Extension("kolors_fast._cuda", sources=[])],
+        cmdclass={"build_ext": NinjaBuildExt},
+    )
