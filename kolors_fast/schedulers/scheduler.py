@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -29,6 +30,11 @@ class Scheduler(Configured):
     counts_steps = True  # False: the row is found by the timestep's value at every call
     refused: ClassVar[dict[str, Any]] = {}  # config key -> the only value that is affine and implemented
 
+    # subclasses differ in their options:
+    # set_timesteps(num_inference_steps, device) chooses `timesteps`;
+    # step_table(begin=0) is the table of the run over them, whose row `begin` is the first to be executed
+    set_timesteps: Callable[..., None]
+    step_table: Callable[..., StepTable]
     timesteps: Tensor
     sigmas: Tensor  # float32 [N + 1], on the host
 
@@ -83,10 +89,6 @@ class Scheduler(Configured):
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The sample as the model wants to see it at `timestep`."""
         return sample
-
-    def step_table(self, *, begin: int = 0) -> StepTable:
-        """The table of the whole run over `timesteps`; row `begin` is the first that will be executed."""
-        raise NotImplementedError
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
         """Position of `timestep` in `timesteps`; of two equal ones the second, as diffusers chooses."""

@@ -59,19 +59,12 @@ class StepTable:
         coefficients = self.coefficients_on(sample.device)[index]
         noise = None if noise is None else noise.to(sample.dtype)
         if self.clip is not None:
-            _, denoised = _two(guided_step(sample, predictions, weights, coefficients, return_denoised=True))
+            _, denoised = guided_step(sample, predictions, weights, coefficients, return_denoised=True)
             previous = denoised.clamp(-self.clip, self.clip)
-        after, denoised = _two(
-            guided_step(
-                sample, predictions, weights, coefficients, previous=previous, noise=noise, return_denoised=True
-            )
+        after, denoised = guided_step(
+            sample, predictions, weights, coefficients, previous=previous, noise=noise, return_denoised=True
         )
         return after, denoised if self.clip is None or previous is None else previous
-
-
-def _two(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    assert isinstance(output, tuple)
-    return output
 
 
 def denoised_from(prediction_type: str, alpha: float, sigma: float) -> tuple[float, float]:

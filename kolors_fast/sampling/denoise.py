@@ -1,0 +1,70 @@
+"""The denoising loop: run a model along the rows of a step table, guidance fused into each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..schedulers import StepTable
+from ..schedulers.table import draw_noise
+
+# (inputs [P*B, ...], timestep of one element) -> predictions [P*B, ...]
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+def _never() -> bool:
+    return False
+
+
+@torch.no_grad()
+def denoise(
+    model: Model,
+    table: StepTable,
+    sample: Tensor,
+    weights: Tensor | Callable[[int], Tensor],
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    callback: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    interrupted: Callable[[], bool] = _never,
+) -> Tensor:
+    """Execute rows `start` to `stop` of `table`.
+
+    At each row the model sees P copies of the scaled sample, stacked on the batch axis, and answers with P predictions,
+    whose sum weighted by `weights` makes the step: weights (1 - g, g) over (negative, positive) are classifier-free
+    guidance of scale g (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
+
+    Args:
+        model: called as model(inputs [P*B, ...], timestep).
+        table: of a scheduler whose first executed row is `start`, see `Scheduler.step_table(begin=start)`.
+        sample: [B, ...], already of standard deviation `table.initial_scale` when starting at row 0.
+        weights: float32 [P] on the sample's device, or a function of the row for guidance that changes on the way.
+        start, stop: the rows executed; `stop` None is the end of the table.
+        generator: of the noise of stochastic samplers; a list has one per item of the batch.
+        callback: called as callback(row, timestep, sample) after each step; what it returns is the sample from there.
+        interrupted: asked before each step; True ends the run.
+
+    Returns:
+        The sample [B, ...] after the last step, in its own dtype.
+    """
+    previous = None
+    for row in range(start, len(table) if stop is None else stop):
+        if interrupted():
+            break
+        mix = weights(row) if callable(weights) else weights
+        timestep = table.timesteps[row]
+        scaled = sample * table.input_scale[row]
+        predictions = model(torch.cat([scaled] * len(mix)), timestep)
+        noise = None
+        if table.needs_noise[row]:
+            dtype = table.noise_dtype or sample.dtype
+            noise = draw_noise(tuple(sample.shape), generator, sample.device, dtype)
+        sample, denoised = table.advance(row, sample, predictions, mix, previous=previous, noise=noise)
+        if table.uses_previous:
+            previous = denoised
+        if callback is not None:
+            sample = callback(row, timestep, sample)
+    return sample
