@@ -132,7 +132,8 @@ def _precedes(first: Found, second: Found, axis: str, height: int, width: int) -
 
 
 def _distance(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    return np.sqrt(((pixels - colour) ** 2).sum(-1))  # [..., 3] -> [...]
+    step = pixels - colour
+    return np.sqrt(np.einsum("...c,...c->...", step, step))  # [..., 3] -> [...]
 
 
 def _nearest(colours: np.ndarray, known: dict[str, tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
