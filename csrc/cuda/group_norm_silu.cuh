@@ -7,6 +7,7 @@
 
 #include "cuda/common.cuh"
 #include "cuda/group_norm_silu_plan.hpp"
+#include "cuda/group_norm_silu_tiles.cuh"
 
 namespace kolors_fast {
 
@@ -19,87 +20,6 @@ struct ForwardLaunch {
     float2 *partials; // [n, groups, parts, chunks]: mean, sum of squared deviations
     bool merged;      // mean and rstd are there already
 };
-
-// What a channels_last block owns: positions [row_begin, row_end) of channels [channel, channel + channels).
-struct Tile {
-    int64_t n;
-    int row_begin, row_end;
-    int chunk;
-    int channel, channels;
-    int group, groups; // the first one and how many
-    int part;
-};
-
-__device__ __forceinline__ Tile tile_of(const GroupNormSiluShape &s, const GroupNormPlan &p) {
-    Tile t;
-    // slices run fastest, so that blocks at work together read whole rows
-    const unsigned slice = blockIdx.x % p.slices;
-    const unsigned rest = blockIdx.x / p.slices;
-    t.chunk = rest % p.chunks;
-    t.n = rest / p.chunks;
-    t.row_begin = t.chunk * p.rows;
-    t.row_end = min(t.row_begin + p.rows, static_cast<int>(s.hw));
-    const int all = static_cast<int>(s.c + s.c_skip);
-    const int per_group = all / static_cast<int>(s.groups);
-    int end;
-    if (p.parts == 1) {
-        t.group = slice * p.slice_groups;
-        t.part = 0;
-        t.channel = slice * p.slice_channels;
-        end = min(t.channel + p.slice_channels, all);
-        t.groups = (end - t.channel) / per_group;
-    } else {
-        t.group = slice / p.parts;
-        t.part = slice % p.parts;
-        t.channel = t.group * per_group + t.part * p.part_channels;
-        end = min(t.channel + p.part_channels, (t.group + 1) * per_group);
-        t.groups = 1;
-    }
-    t.channels = end - t.channel;
-    return t;
-}
-
-// What a warp owns of channels-first data: positions [begin, end) of one plane.
-struct Segment {
-    int64_t n, channel;
-    int begin, end;
-    int chunk;
-    bool valid;
-};
-
-__device__ __forceinline__ Segment segment_of(const GroupNormSiluShape &s, const GroupNormPlan &p) {
-    const unsigned warp = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
-    const unsigned plane = warp / p.chunks;
-    Segment g;
-    g.chunk = warp % p.chunks;
-    g.channel = plane % p.slices;
-    g.n = plane / p.slices;
-    g.begin = g.chunk * p.rows;
-    g.end = min(g.begin + p.rows, static_cast<int>(s.hw));
-    g.valid = g.n < s.n;
-    return g;
-}
-
-// The two inputs (or their gradients) as one tensor of c + c_skip channels.
-template <typename T>
-__device__ __forceinline__ T *plane_of(T *x, T *skip, const GroupNormSiluShape &s, int64_t n, int64_t channel) {
-    if (channel < s.c)
-        return x ? x + (n * s.c + channel) * s.hw : nullptr;
-    return skip ? skip + (n * s.c_skip + channel - s.c) * s.hw : nullptr;
-}
-
-// pointer to (n, position 0, channel) and the step from one position to the next
-template <typename T> struct Column {
-    T *base;
-    int64_t stride;
-};
-
-template <typename T>
-__device__ __forceinline__ Column<T> column_of(T *x, T *skip, const GroupNormSiluShape &s, int64_t n, int64_t channel) {
-    if (channel < s.c)
-        return {x ? x + n * s.hw * s.c + channel : nullptr, s.c};
-    return {skip ? skip + n * s.hw * s.c_skip + channel - s.c : nullptr, s.c_skip};
-}
 
 // Running mean and sum of squared deviations of W neighbours which share one count.
 template <int W> struct Moments {
@@ -195,28 +115,25 @@ template <typename T, int V> __device__ __forceinline__ void silu_in_place(float
 
 template <typename T, int V> __global__ void __launch_bounds__(kThreads, kForwardResidency)
     group_norm_stats_channels_last(const ForwardLaunch a) {
-    KF_SHARED(float, shared); // [2 * V + 1][threads], then [2][slice_channels]
+    KF_SHARED(float, shared); // [2 * V + 1][kThreads], then [2][slice_channels]
     constexpr int U = kUnroll<V>;
     const GroupNormSiluShape &s = a.call.shape;
     const GroupNormPlan &p = a.plan;
     const Tile t = tile_of(s, p);
-    const int lane = threadIdx.x / p.columns;
-    const int column = threadIdx.x % p.columns;
-    const int64_t channel = t.channel + column * V;
-    const bool active = lane < p.row_lanes && column * V < t.channels;
+    const Place<V> place(t, p);
 
     Moments<V> moments;
-    if (active) {
-        const Column<const T> in =
-            column_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, t.n, channel);
-        for (int row = t.row_begin + lane; row < t.row_end; row += U * p.row_lanes) {
+    if (place.active) {
+        const Column<const T> in = column_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s,
+                                             t.n, t.channel + place.channel);
+        for (int row = t.row_begin + place.lane; row < t.row_end; row += U * p.row_lanes) {
             Pack<T, V> packs[U] = {};
             int valid = 0;
 #pragma unroll
             for (int u = 0; u < U; ++u) {
                 const int r = row + u * p.row_lanes;
                 if (r < t.row_end) {
-                    packs[u] = load<T, V>(in.base + r * in.stride);
+                    packs[u] = load<T, V>(in.at(r));
                     ++valid;
                 }
             }
@@ -224,44 +141,35 @@ template <typename T, int V> __global__ void __launch_bounds__(kThreads, kForwar
         }
     }
 
-    // halve the row lanes until one is left
-    int half = 1;
-    while (half < p.row_lanes)
-        half *= 2;
-    for (half /= 2; half > 0; half /= 2) {
-        if (active && lane >= half && lane < 2 * half) {
-            const int slot = (lane - half) * p.columns + column;
-            shared[slot] = moments.count;
+    const auto save = [&](int slot) {
+        shared[slot] = moments.count;
 #pragma unroll
-            for (int j = 0; j < V; ++j) {
-                shared[(1 + j) * kThreads + slot] = moments.mean[j];
-                shared[(1 + V + j) * kThreads + slot] = moments.m2[j];
-            }
+        for (int j = 0; j < V; ++j) {
+            shared[(1 + j) * kThreads + slot] = moments.mean[j];
+            shared[(1 + V + j) * kThreads + slot] = moments.m2[j];
         }
-        __syncthreads();
-        if (active && lane < half && lane + half < p.row_lanes) {
-            const float count = shared[threadIdx.x];
-            if (count > 0.0f) {
-                const float share = count / (moments.count + count);
+    };
+    const auto take = [&](int slot) {
+        const float count = shared[slot];
+        if (count == 0.0f)
+            return;
+        const float share = count / (moments.count + count);
 #pragma unroll
-                for (int j = 0; j < V; ++j) {
-                    moments.merge(j, shared[(1 + j) * kThreads + threadIdx.x],
-                                  shared[(1 + V + j) * kThreads + threadIdx.x], share);
-                }
-                moments.count += count;
-            }
+        for (int j = 0; j < V; ++j) {
+            moments.merge(j, shared[(1 + j) * kThreads + slot], shared[(1 + V + j) * kThreads + slot], share);
         }
-        __syncthreads();
-    }
+        moments.count += count;
+    };
+    merge_row_lanes(p, place, save, take);
 
     float *const means = shared;
     float *const squares = shared + p.slice_channels;
-    if (active && lane == 0) {
-        const int64_t all = s.c + s.c_skip;
+    if (place.active && place.lane == 0) {
+        const int64_t first = t.n * (s.c + s.c_skip) + t.channel + place.channel;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            means[column * V + j] = moments.mean[j] + load_or_zero<T>(a.call.channel_add, t.n * all + channel + j);
-            squares[column * V + j] = moments.m2[j];
+            means[place.channel + j] = moments.mean[j] + load_or_zero<T>(a.call.channel_add, first + j);
+            squares[place.channel + j] = moments.m2[j];
         }
     }
     __syncthreads();
@@ -290,46 +198,58 @@ template <typename T, int V> __global__ void __launch_bounds__(kThreads, kForwar
 
 template <typename T, int V> __global__ void __launch_bounds__(kThreads, kForwardResidency)
     group_norm_apply_channels_last(const ForwardLaunch a) {
-    KF_SHARED(float2, statistics); // [slice_groups]: mean, rstd
+    KF_SHARED(float, shared); // [3][slice_channels] center, scale, shift; [2][slice_groups] mean, rstd
     constexpr int U = kUnroll<V>;
     const GroupNormSiluShape &s = a.call.shape;
     const GroupNormPlan &p = a.plan;
     const Tile t = tile_of(s, p);
-    for (int g = threadIdx.x / kWarp; g < t.groups; g += blockDim.x / kWarp) {
-        const float2 stats = group_statistics(a, t.n * s.groups + t.group + g, t.chunk == 0 && t.part == 0);
-        if (threadIdx.x % kWarp == 0)
-            statistics[g] = stats;
-    }
-    __syncthreads();
-
-    const int lane = threadIdx.x / p.columns;
-    const int column = threadIdx.x % p.columns;
-    if (lane >= p.row_lanes || column * V >= t.channels)
-        return;
-    const int64_t channel = t.channel + column * V;
+    const Place<V> place(t, p);
     const int64_t all = s.c + s.c_skip;
-    const int per_group = t.channels / t.groups;
-    float center[V], scale[V], shift[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-        const float2 stats = statistics[(column * V + j) / per_group];
-        center[j] = stats.x - load_or_zero<T>(a.call.channel_add, t.n * all + channel + j);
-        scale[j] = stats.y * load_any(a.call.weight, channel + j, s.weight_dtype, 1.0f);
-        shift[j] = load_any(a.call.bias, channel + j, s.weight_dtype, 0.0f);
-    }
-    const Column<const T> in =
-        column_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, t.n, channel);
-    T *const out = static_cast<T *>(a.call.y) + t.n * s.hw * all + channel;
+    const Column<const T> in = column_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, t.n,
+                                         t.channel + place.channel);
     const int step = U * p.row_lanes;
-    const int first = t.row_begin + lane;
-    for (int row = first + (t.row_end - 1 - t.row_begin) / step * step; row >= first; row -= step) {
-        Pack<T, V> packs[U];
+    const int first = t.row_begin + place.lane;
+    int row = first + (t.row_end - 1 - t.row_begin) / step * step;
+    Pack<T, V> packs[U];
+    const auto fetch = [&] {
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             const int r = row + u * p.row_lanes;
             if (r < t.row_end)
-                packs[u] = load<T, V>(in.base + r * in.stride);
+                packs[u] = load<T, V>(in.at(r));
         }
+    };
+    if (place.active)
+        fetch(); // on its way while the statistics are merged
+
+    float *const means = shared + 3 * p.slice_channels;
+    float *const rstds = means + p.slice_groups;
+    for (int g = threadIdx.x / kWarp; g < t.groups; g += blockDim.x / kWarp) {
+        const float2 stats = group_statistics(a, t.n * s.groups + t.group + g, t.chunk == 0 && t.part == 0);
+        if (threadIdx.x % kWarp == 0) {
+            means[g] = stats.x;
+            rstds[g] = stats.y;
+        }
+    }
+    __syncthreads();
+    const int per_group = t.channels / t.groups;
+    for (int i = threadIdx.x; i < t.channels; i += blockDim.x) {
+        const int channel = t.channel + i;
+        const int group = i / per_group;
+        shared[i] = means[group] - load_or_zero<T>(a.call.channel_add, t.n * all + channel);
+        shared[p.slice_channels + i] = rstds[group] * load_any(a.call.weight, channel, s.weight_dtype, 1.0f);
+        shared[2 * p.slice_channels + i] = load_any(a.call.bias, channel, s.weight_dtype, 0.0f);
+    }
+    __syncthreads();
+    if (!place.active)
+        return;
+
+    float center[V], scale[V], shift[V];
+    read_shared(shared + place.channel, center);
+    read_shared(shared + p.slice_channels + place.channel, scale);
+    read_shared(shared + 2 * p.slice_channels + place.channel, shift);
+    T *const out = static_cast<T *>(a.call.y) + t.n * s.hw * all + t.channel + place.channel;
+    while (row >= first) {
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             const int r = row + u * p.row_lanes;
@@ -343,6 +263,9 @@ template <typename T, int V> __global__ void __launch_bounds__(kThreads, kForwar
                 store<T, V>(out + r * all, v);
             }
         }
+        row -= step;
+        if (row >= first)
+            fetch();
     }
 }
 
@@ -445,7 +368,7 @@ template <typename T, int V> inline cudaError_t launch_forward(const ForwardLaun
         stats = group_norm_stats_channels_last<T, V>;
         apply = group_norm_apply_channels_last<T, V>;
         stats_bytes = (2 * V + 1) * kThreads * sizeof(float);
-        apply_bytes = p.slice_groups * sizeof(float2);
+        apply_bytes = (3 * p.slice_channels + 2 * p.slice_groups) * sizeof(float);
     }
     KF_LAUNCH(stats, grid, block, stats_bytes, stream, a);
     ForwardLaunch rest = a;
@@ -468,9 +391,9 @@ inline int vector_width(const GroupNormSiluShape &s, bool aligned) {
 }
 
 inline bool valid_shape(const GroupNormSiluShape &s) {
-    return s.n >= 0 && s.c >= 0 && s.c_skip >= 0 && s.channels() > 0 && s.hw >= 0 && s.hw < kMaxPositions && s.groups > 0 &&
-           s.channels() <= INT32_MAX && s.channels() % s.groups == 0 && is_dtype(static_cast<int>(s.dtype)) &&
-           (s.weight_dtype == s.dtype || s.weight_dtype == DType::float32);
+    return s.n >= 0 && s.c >= 0 && s.c_skip >= 0 && s.channels() > 0 && s.hw >= 0 && s.hw < kMaxPositions &&
+           s.groups > 0 && s.channels() <= INT32_MAX && s.channels() % s.groups == 0 &&
+           is_dtype(static_cast<int>(s.dtype)) && (s.weight_dtype == s.dtype || s.weight_dtype == DType::float32);
 }
 
 // blocks and the units they own are counted in 32 bits

@@ -65,36 +65,57 @@ __device__ __forceinline__ float *partial_of(const BackwardLaunch &a, int64_t n,
     return a.partials + ((n * a.plan.chunks + chunk) * kSums + sum) * all + channel;
 }
 
+// The terms of a tile's channels in shared memory [4][slice_channels]; ends with a barrier.
+template <typename T>
+__device__ __forceinline__ void share_terms(const BackwardLaunch &a, const Tile &t, float *shared) {
+    for (int i = threadIdx.x; i < t.channels; i += blockDim.x) {
+        const ChannelTerms terms = channel_terms<T>(a, t.n, t.channel + i);
+        shared[i] = terms.center;
+        shared[a.plan.slice_channels + i] = terms.rstd;
+        shared[2 * a.plan.slice_channels + i] = terms.weight;
+        shared[3 * a.plan.slice_channels + i] = terms.bias;
+    }
+    __syncthreads();
+}
+
+template <int V> __device__ __forceinline__ void read_terms(const float *shared, int stride, ChannelTerms (&terms)[V]) {
+    float center[V], rstd[V], weight[V], bias[V];
+    read_shared(shared, center);
+    read_shared(shared + stride, rstd);
+    read_shared(shared + 2 * stride, weight);
+    read_shared(shared + 3 * stride, bias);
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+        terms[j] = {center[j], rstd[j], weight[j], bias[j]};
+}
+
 template <typename T, int V> __global__ void __launch_bounds__(kThreads, kBackwardResidency)
     group_norm_sums_channels_last(const BackwardLaunch a) {
-    KF_SHARED(float, shared); // [kSums * V][threads]
+    KF_SHARED(float, shared); // [4][slice_channels], then [kSums * V][kThreads]
     constexpr int U = kBackwardUnroll<V>;
     const GroupNormSiluShape &s = a.call.shape;
     const GroupNormPlan &p = a.plan;
     const Tile t = tile_of(s, p);
-    const int lane = threadIdx.x / p.columns;
-    const int column = threadIdx.x % p.columns;
-    const int channel = t.channel + column * V;
-    const bool active = lane < p.row_lanes && column * V < t.channels;
+    const Place<V> place(t, p);
+    share_terms<T>(a, t, shared);
 
     ChannelSums<V> sums;
-    if (active) {
+    if (place.active) {
+        const int channel = t.channel + place.channel;
         const int64_t all = s.c + s.c_skip;
         const T *const grad = static_cast<const T *>(a.call.grad_y) + t.n * s.hw * all + channel;
         const Column<const T> in =
             column_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, t.n, channel);
         ChannelTerms terms[V];
-#pragma unroll
-        for (int j = 0; j < V; ++j)
-            terms[j] = channel_terms<T>(a, t.n, channel + j);
-        for (int row = t.row_begin + lane; row < t.row_end; row += U * p.row_lanes) {
+        read_terms(shared + place.channel, p.slice_channels, terms);
+        for (int row = t.row_begin + place.lane; row < t.row_end; row += U * p.row_lanes) {
             Pack<T, V> grads[U], packs[U];
 #pragma unroll
             for (int u = 0; u < U; ++u) {
                 const int r = row + u * p.row_lanes;
                 if (r < t.row_end) {
                     grads[u] = load<T, V>(grad + r * all);
-                    packs[u] = load<T, V>(in.base + r * in.stride);
+                    packs[u] = load<T, V>(in.at(r));
                 }
             }
 #pragma unroll
@@ -110,30 +131,23 @@ template <typename T, int V> __global__ void __launch_bounds__(kThreads, kBackwa
             }
         }
     }
+    __syncthreads(); // the terms are no longer needed
 
-    // halve the row lanes until one is left
-    int half = 1;
-    while (half < p.row_lanes)
-        half *= 2;
-    for (half /= 2; half > 0; half /= 2) {
-        if (active && lane >= half && lane < 2 * half) {
-            const int slot = (lane - half) * p.columns + column;
+    const auto save = [&](int slot) {
 #pragma unroll
-            for (int i = 0; i < kSums * V; ++i)
-                shared[i * kThreads + slot] = sums.sums[i / V][i % V];
-        }
-        __syncthreads();
-        if (active && lane < half && lane + half < p.row_lanes) {
+        for (int i = 0; i < kSums * V; ++i)
+            shared[i * kThreads + slot] = sums.sums[i / V][i % V];
+    };
+    const auto take = [&](int slot) {
 #pragma unroll
-            for (int i = 0; i < kSums * V; ++i)
-                sums.sums[i / V][i % V] += shared[i * kThreads + threadIdx.x];
-        }
-        __syncthreads();
-    }
-    if (active && lane == 0) {
+        for (int i = 0; i < kSums * V; ++i)
+            sums.sums[i / V][i % V] += shared[i * kThreads + slot];
+    };
+    merge_row_lanes(p, place, save, take);
+    if (place.active && place.lane == 0) {
 #pragma unroll
         for (int i = 0; i < kSums * V; ++i) {
-            *partial_of(a, t.n, t.chunk, i / V, channel + i % V) = sums.sums[i / V][i % V];
+            *partial_of(a, t.n, t.chunk, i / V, t.channel + place.channel + i % V) = sums.sums[i / V][i % V];
         }
     }
 }
@@ -287,35 +301,45 @@ __device__ __forceinline__ float grad_input(float grad_y, float x, const Channel
     return terms.rstd * (d * terms.weight - means.x - x_hat * means.y);
 }
 
+// the gradient of x or of skip, whichever holds the channel, is wanted
+__device__ __forceinline__ bool wanted(const GroupNormSiluBackward &call, int channel) {
+    return channel < call.shape.c ? call.grad_x != nullptr : call.grad_skip != nullptr;
+}
+
 template <typename T, int V> __global__ void __launch_bounds__(kThreads, kBackwardResidency)
     group_norm_grad_channels_last(const BackwardLaunch a) {
+    KF_SHARED(float, shared); // [6][slice_channels]: the terms, m1, m2
     constexpr int U = kBackwardUnroll<V>;
     const GroupNormSiluShape &s = a.call.shape;
     const GroupNormPlan &p = a.plan;
     const Tile t = tile_of(s, p);
-    const int lane = threadIdx.x / p.columns;
-    const int column = threadIdx.x % p.columns;
-    if (lane >= p.row_lanes || column * V >= t.channels)
+    const Place<V> place(t, p);
+    const int per_group = t.channels / t.groups;
+    float *const m1 = shared + 4 * p.slice_channels;
+    float *const m2 = shared + 5 * p.slice_channels;
+    for (int i = threadIdx.x; i < t.channels; i += blockDim.x) {
+        const float2 means = a.group_means[t.n * s.groups + t.group + i / per_group];
+        m1[i] = means.x;
+        m2[i] = means.y;
+    }
+    share_terms<T>(a, t, shared);
+    const int channel = t.channel + place.channel;
+    if (!place.active || !wanted(a.call, channel))
         return;
-    const int channel = t.channel + column * V;
+
     const int64_t all = s.c + s.c_skip;
     const T *const grad = static_cast<const T *>(a.call.grad_y) + t.n * s.hw * all + channel;
     const Column<const T> in =
         column_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, t.n, channel);
     const Column<T> out =
         column_of(static_cast<T *>(a.call.grad_x), static_cast<T *>(a.call.grad_skip), s, t.n, channel);
-    if (!out.base)
-        return;
-    const int per_group = t.channels / t.groups;
     ChannelTerms terms[V];
-    float2 means[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-        terms[j] = channel_terms<T>(a, t.n, channel + j);
-        means[j] = a.group_means[t.n * s.groups + t.group + (p.parts == 1 ? (column * V + j) / per_group : 0)];
-    }
+    float mean_1[V], mean_2[V];
+    read_terms(shared + place.channel, p.slice_channels, terms);
+    read_shared(m1 + place.channel, mean_1);
+    read_shared(m2 + place.channel, mean_2);
     const int step = U * p.row_lanes;
-    const int first = t.row_begin + lane;
+    const int first = t.row_begin + place.lane;
     for (int row = first + (t.row_end - 1 - t.row_begin) / step * step; row >= first; row -= step) {
         Pack<T, V> grads[U], packs[U];
 #pragma unroll
@@ -323,7 +347,7 @@ template <typename T, int V> __global__ void __launch_bounds__(kThreads, kBackwa
             const int r = row + u * p.row_lanes;
             if (r < t.row_end) {
                 grads[u] = load<T, V>(grad + r * all);
-                packs[u] = load<T, V>(in.base + r * in.stride);
+                packs[u] = load<T, V>(in.at(r));
             }
         }
 #pragma unroll
@@ -333,9 +357,10 @@ template <typename T, int V> __global__ void __launch_bounds__(kThreads, kBackwa
                 float v[V];
 #pragma unroll
                 for (int j = 0; j < V; ++j) {
-                    v[j] = grad_input<T>(grads[u].get(j), packs[u].get(j), terms[j], means[j], s.silu);
+                    const float2 means = make_float2(mean_1[j], mean_2[j]);
+                    v[j] = grad_input<T>(grads[u].get(j), packs[u].get(j), terms[j], means, s.silu);
                 }
-                store<T, V>(out.base + r * out.stride, v);
+                store<T, V>(out.at(r), v);
             }
         }
     }
@@ -351,9 +376,9 @@ template <typename T, int V> __global__ void __launch_bounds__(kThreads, kBackwa
     const T *const grad = static_cast<const T *>(a.call.grad_y) + (g.n * (s.c + s.c_skip) + g.channel) * s.hw;
     const T *const in =
         plane_of(static_cast<const T *>(a.call.x), static_cast<const T *>(a.call.skip), s, g.n, g.channel);
-    T *const out = plane_of(static_cast<T *>(a.call.grad_x), static_cast<T *>(a.call.grad_skip), s, g.n, g.channel);
-    if (!out)
+    if (!wanted(a.call, g.channel))
         return;
+    T *const out = plane_of(static_cast<T *>(a.call.grad_x), static_cast<T *>(a.call.grad_skip), s, g.n, g.channel);
     const ChannelTerms terms = channel_terms<T>(a, g.n, g.channel);
     const float2 means = a.group_means[g.n * s.groups + g.channel / a.plan.parts];
     constexpr int kStep = U * kWarp * V;
@@ -391,10 +416,12 @@ template <typename T, int V> inline cudaError_t launch_backward(const BackwardLa
     auto sums = group_norm_sums_planes<T, V>;
     auto grad = group_norm_grad_planes<T, V>;
     size_t sums_bytes = 0;
+    size_t grad_bytes = 0;
     if (s.channels_last) {
         sums = group_norm_sums_channels_last<T, V>;
         grad = group_norm_grad_channels_last<T, V>;
-        sums_bytes = kSums * V * kThreads * sizeof(float);
+        sums_bytes = std::max(4 * p.slice_channels, kSums * V * kThreads) * sizeof(float);
+        grad_bytes = 6 * p.slice_channels * sizeof(float);
     }
     KF_LAUNCH(sums, grid, block, sums_bytes, stream, a);
     const size_t totals_bytes = kSums * kTotalThreads * sizeof(float);
@@ -405,7 +432,7 @@ template <typename T, int V> inline cudaError_t launch_backward(const BackwardLa
         KF_LAUNCH(group_norm_grad_affine, channels, dim3(kTotalThreads), 0, stream, a);
     }
     if (a.call.grad_x || a.call.grad_skip)
-        KF_LAUNCH(grad, grid, block, 0, stream, a);
+        KF_LAUNCH(grad, grid, block, grad_bytes, stream, a);
     return cudaGetLastError();
 }
 

@@ -285,6 +285,30 @@ def at_offset(value: Tensor, offset: int) -> Tensor:
     return storage[offset : offset + value.numel()].view(value.shape).copy_(value)
 
 
+@pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "planes"))
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_the_workspace_is_as_large_as_it_says(name: str, channels_last: bool, machine: Machine) -> None:
+    """Whatever vector width the addresses lead to, nothing past the announced bytes is written."""
+    n, c, c_skip, hw, groups, multiprocessors = GEOMETRIES[name]
+    machine.configure(multiprocessors)
+    total = c + c_skip
+    for dtype, offset in ((torch.float32, 0), (torch.float16, 0), (torch.float16, 1)):  # vectors of 4, 8 and 1
+        code = DTYPES.index(dtype)
+        tensors = [at_offset(torch.ones(n * k * hw, dtype=dtype), offset) for k in (c, c_skip, total)]
+        statistics = torch.empty(2, n, groups)
+        x, skip, y, mean, rstd = (t.data_ptr() for t in (*tensors, *statistics))
+        for backward in (False, True):
+            size = machine.group_norm_silu_workspace(n, total, hw, groups, channels_last, backward)
+            work = torch.full((size + 4096,), 0xA5, dtype=torch.uint8)
+            given = (work.data_ptr(), n, c, c_skip, hw, groups)
+            flags = (True, channels_last, code, code, 0)
+            if backward:
+                machine.group_norm_silu_backward(y, x, skip, 0, 0, 0, mean, rstd, 0, 0, 0, 0, 0, *given, *flags)
+            else:
+                machine.group_norm_silu_forward(x, skip, 0, 0, 0, y, mean, rstd, *given, 1e-5, *flags)
+            assert (work[size:] == 0xA5).all()
+
+
 def test_unwanted_gradients_stay_untouched_and_absent_affine_is_the_identity(machine: Machine) -> None:
     x, grad = torch.randn(2, 12, 10), torch.randn(2, 12, 10)
     mean, rstd, y, grad_x = torch.empty(2, 3), torch.empty(2, 3), torch.empty(2, 12, 10), torch.empty(2, 12, 10)
