@@ -1,0 +1,120 @@
+"""The denoising loop against a scheduler stepped by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kolors_fast.schedulers as schedulers
+from kolors_fast.sampling.denoise import denoise
+
+KOLORS = {
+    "num_train_timesteps": 1100,
+    "beta_start": 0.00085,
+    "beta_end": 0.014,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("EulerDiscreteScheduler", {"timestep_spacing": "leading"}, {}),
+    ("EulerAncestralDiscreteScheduler", {}, {}),
+    ("DDIMScheduler", {"clip_sample": False}, {"eta": 0.5}),
+    ("DDIMScheduler", {"clip_sample": True}, {}),
+    ("DDPMScheduler", {}, {}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, {}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}),
+]
+CONTEXTS = torch.tensor([-0.3, 0.4, 0.1])  # what distinguishes the predictions of one sample
+
+
+def model(inputs: Tensor, timestep: Tensor) -> Tensor:
+    parts = inputs.reshape(-1, 2, *inputs.shape[1:])
+    contexts = CONTEXTS[: len(parts)].reshape(-1, *[1] * inputs.dim())
+    return (torch.tanh(parts) + contexts + float(timestep) / 2000).reshape(inputs.shape)
+
+
+def by_hand(scheduler: Any, sample: Tensor, weights: Tensor, begin: int = 0, **options: Any) -> list[Tensor]:
+    scheduler.set_begin_index(begin)
+    generator, samples = torch.Generator().manual_seed(1), []
+    for t in scheduler.timesteps[begin:]:
+        inputs = torch.cat([scheduler.scale_model_input(sample, t)] * len(weights))
+        guided = sum(w * p for w, p in zip(weights, model(inputs, t).chunk(len(weights)), strict=True))
+        sample = scheduler.step(guided, t, sample, generator=generator, **options).prev_sample
+        samples.append(sample)
+    return samples
+
+
+def make(name: str, config: dict[str, Any]) -> tuple[Any, Tensor]:
+    scheduler = getattr(schedulers, name)(**KOLORS, **config)
+    scheduler.set_timesteps(7)
+    noise = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+    return scheduler, noise * scheduler.init_noise_sigma
+
+
+@pytest.mark.parametrize(("name", "config", "options"), RUNS)
+@pytest.mark.parametrize("weights", [[1.0], [-4.0, 5.0], [-6.0, 8.0, -1.0]], ids=["one", "guided", "perturbed"])
+def test_loop_matches_steps_by_hand(
+    name: str, config: dict[str, Any], options: dict[str, Any], weights: list[float]
+) -> None:
+    scheduler, sample = make(name, config)
+    expected = by_hand(scheduler, sample, torch.tensor(weights), **options)[-1]
+    table = make(name, config)[0].step_table(**options)
+    got = denoise(model, table, sample, torch.tensor(weights), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_starting_and_stopping_on_the_way(name: str) -> None:
+    weights = torch.tensor([-4.0, 5.0])
+    scheduler, sample = make(name, {})
+    expected = by_hand(scheduler, sample, weights, begin=3)
+    got = denoise(model, scheduler.step_table(begin=3), sample, weights, start=3, stop=6)
+    torch.testing.assert_close(got, expected[2], rtol=0, atol=1e-5 * float(expected[2].abs().max()))
+
+
+def test_callback_replaces_the_sample_and_interruption_ends_the_run() -> None:
+    scheduler, sample = make("EulerDiscreteScheduler", {})
+    seen: list[tuple[int, float]] = []
+
+    def callback(row: int, timestep: Tensor, sample: Tensor) -> Tensor:
+        seen.append((row, float(timestep)))
+        return torch.full_like(sample, row)
+
+    result = denoise(
+        model,
+        scheduler.step_table(),
+        sample,
+        torch.ones(1),
+        callback=callback,
+        interrupted=lambda: len(seen) == 3,
+    )
+    assert seen == list(enumerate(scheduler.timesteps[:3].tolist()))
+    assert torch.equal(result, torch.full_like(sample, 2))
+
+
+def test_guidance_may_change_on_the_way() -> None:
+    scheduler, sample = make("EulerDiscreteScheduler", {})
+    widths = []
+
+    def counting(inputs: Tensor, timestep: Tensor) -> Tensor:
+        widths.append(len(inputs))
+        return model(inputs, timestep)
+
+    def weights(row: int) -> Tensor:
+        return torch.tensor([-4.0, 5.0]) if row < 2 else torch.ones(1)
+
+    denoise(counting, scheduler.step_table(), sample, weights)
+    assert widths == [4, 4] + [2] * 5
+
+
+def test_dtype_is_kept_and_no_graph_is_built() -> None:
+    scheduler, sample = make("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})
+    factor = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
+    result = denoise(
+        lambda inputs, _: inputs * factor * 0.1, scheduler.step_table(), sample.to(torch.bfloat16), torch.ones(1)
+    )
+    assert result.dtype == torch.bfloat16
+    assert not result.requires_grad
