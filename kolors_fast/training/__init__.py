@@ -1,0 +1,7 @@
+"""Training: one loop, three objectives, recipes in TOML."""
+
+from .config import Recipe, RecipeError, load_recipe
+from .run import export, run, train_command
+from .trainer import Trainer
+
+__all__ = ["Recipe", "RecipeError", "Trainer", "export", "load_recipe", "run", "train_command"]

@@ -1,0 +1,195 @@
+"""A training recipe: a TOML file read into dataclasses; unknown keys are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).parent / "recipes"
+
+T = TypeVar("T")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read, named by file and key."""
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """The sentencepiece model trained on captions."""
+
+    pieces: int
+    captions: int  # sampled to train it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the trainer: warm-up, a constant learning rate, then a linear decay to zero."""
+
+    name: str
+    objective: str
+    steps: int
+    batch: int  # per process
+    learning_rate: float
+    warmup: int = 200
+    decay: int = 1000  # the last steps
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip_norm: float = 1.0
+    ema: float = 0.999
+    precision: str = "bf16"  # of matrix products and convolutions; weights and optimizer stay fp32
+    checkpoint_every: int = 500
+    monitor_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch", "checkpoint_every", "monitor_every"):
+            if getattr(self, key) < 1:
+                raise RecipeError(f"stage '{self.name}': {key}: expected 1 or more, got {getattr(self, key)}")
+        if not 0 <= self.warmup + self.decay <= self.steps:
+            raise RecipeError(
+                f"stage '{self.name}': warmup + decay: expected at most steps = {self.steps}, "
+                f"got {self.warmup} + {self.decay}"
+            )
+        if not 0 <= self.ema < 1:
+            raise RecipeError(f"stage '{self.name}': ema: expected 0 <= ema < 1, got {self.ema}")
+        if self.precision not in ("fp32", "bf16"):
+            raise RecipeError(f"stage '{self.name}': precision: expected 'fp32' or 'bf16', got '{self.precision}'")
+
+
+@dataclass(frozen=True)
+class AutoencoderStage(Stage):
+    """L1 reconstruction and a small KL term, on pictures rendered as they are needed."""
+
+    sizes: tuple[tuple[int, int], ...] = ((128, 128),)  # height, width; a batch has one of them
+    kl_weight: float = 2e-4
+
+
+@dataclass(frozen=True)
+class LanguageModelStage(Stage):
+    """Next-token prediction on captions, some followed by another caption of the same scene."""
+
+    pairs: float = 0.7  # share of captions with a second phrasing behind them, often in the other language
+
+
+@dataclass(frozen=True)
+class EpsilonStage(Stage):
+    """Noise prediction on latents of a pool of scenes that is rendered and encoded once."""
+
+    scenes: int = 40000
+    captions: int = 4  # per scene
+    area: int = 256  # side of the square whose area no bucket exceeds
+    shortest: int = 256  # side of a bucket, in pixels
+    longest: int = 256
+    square_share: float = 0.6  # of the scenes; the others have an aspect ratio between 1:2 and 2:1
+    train_steps: int = 1100  # of the noise schedule
+    beta_end: float = 0.014
+    caption_dropout: float = 0.1
+    snr_gamma: float = 5.0  # min-SNR weighting (Hang et al. 2023); 0 turns it off
+
+
+STAGES: dict[str, type[Stage]] = {
+    "autoencoder": AutoencoderStage,
+    "language_model": LanguageModelStage,
+    "epsilon": EpsilonStage,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Three models, a tokenizer and the stages that train them. Model tables hold the models' own config values."""
+
+    name: str
+    seed: int
+    tokenizer: TokenizerRecipe
+    vae: dict[str, Any]
+    text_encoder: dict[str, Any]
+    unet: dict[str, Any]
+    scheduler: dict[str, Any]  # of the pipeline that is exported
+    stages: tuple[Stage, ...] = field(default=())
+
+
+def load_recipe(recipe: str | Path) -> Recipe:
+    """Read a TOML file, or a bundled recipe by name.
+
+    Raises:
+        RecipeError: no such file, not TOML, a key that is unknown or missing, or a value of the wrong type.
+    """
+    path = Path(recipe)
+    if not path.suffix:
+        path = RECIPES / f"{recipe}.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise RecipeError(f"recipe '{recipe}': no such file, and the bundled recipes are: {names}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path}: not valid TOML: {error}") from error
+    return parse_recipe(table, str(path))
+
+
+def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
+    """A recipe from its TOML table; `where` begins every error."""
+    table = dict(table)
+    stages = []
+    for stage in table.pop("stage", []):
+        name = f"{where}: stage '{stage.get('name', '?')}'"
+        kind = STAGES.get(stage.get("objective", ""))
+        if kind is None:
+            raise RecipeError(f"{name}: objective: expected one of {sorted(STAGES)}, got {stage.get('objective')!r}")
+        stages.append(_parse(kind, stage, name))
+    if not stages:
+        raise RecipeError(f"{where}: expected at least one [[stage]], got none")
+    names = [stage.name for stage in stages]
+    if len(set(names)) != len(names):
+        raise RecipeError(f"{where}: stage names: expected each once, got {names}")
+    return _parse(Recipe, {**table, "stages": tuple(stages)}, where)
+
+
+def _parse(kind: type[T], table: dict[str, Any], where: str) -> T:
+    """A dataclass from a table, with every key and type checked."""
+    hints = get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(table) - set(fields))
+    if unknown:
+        raise RecipeError(f"{where}: unknown key '{unknown[0]}'; expected some of {sorted(fields)}")
+    required = [
+        f.name
+        for f in fields.values()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in table]
+    if missing:
+        raise RecipeError(f"{where}: missing key '{missing[0]}'")
+    return kind(**{name: _convert(value, hints[name], f"{where}: {name}") for name, value in table.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        if isinstance(value, dict):
+            return _parse(hint, value, where)  # type: ignore[arg-type]
+        raise RecipeError(f"{where}: expected a table, got {value!r}")
+    origin = get_origin(hint)
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = get_args(hint)
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            return tuple(_convert(v, inner[0], where) for v in value)
+        if len(inner) == len(value):
+            return tuple(_convert(v, h, where) for v, h in zip(value, inner, strict=True))
+    elif origin in (Union, types.UnionType):
+        raise TypeError(f"recipes have no optional values, {where} does")
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, origin or hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise RecipeError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")

@@ -1,0 +1,144 @@
+"""What a training looks at now and then: pictures, and how many the oracle reads right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kolors_fast.data.shapes import HeldOutPrompt, facts, held_out_prompts, judge, render, sample_training
+from kolors_fast.models.autoencoder_kl import AutoencoderKL
+from kolors_fast.models.chatglm import ChatGLM
+from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
+from kolors_fast.models.unet import KolorsUNet
+from kolors_fast.schedulers import EulerDiscreteScheduler
+
+VALIDATION_SEED = 20240706  # the evaluation draws its prompts from seed 0
+SAMPLES = 40
+STEPS = 20
+GUIDANCE = 4.0
+
+
+def validation_prompts(count: int = SAMPLES) -> list[HeldOutPrompt]:
+    """Prompts of combinations that are held out from training, none of them among the evaluation's."""
+    tested = {one.prompt for one in held_out_prompts()}
+    return [one for one in held_out_prompts(2 * count, VALIDATION_SEED) if one.prompt not in tested][::2]
+
+
+@torch.no_grad()
+def judge_reconstructions(vae: AutoencoderKL, path: Path, count: int = 48, side: int = 256) -> dict[str, float]:
+    """How well new scenes survive encoding and decoding; the first few beside the originals go to `path`."""
+    rng = np.random.default_rng(VALIDATION_SEED)
+    scenes = [sample_training(rng)[0] for _ in range(count)]
+    pictures = np.stack([render(scene, side, side) for scene in scenes])
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    means = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(16)])
+    decoded = np.concatenate([to_pictures(vae.decode(part).sample) for part in means.split(16)])
+    right = [judge(picture, facts(scene)).correct for picture, scene in zip(decoded, scenes, strict=True)]
+    write_grid(np.concatenate([pictures[:8], decoded[:8]]), path)
+    return {
+        "error": float(np.abs(decoded.astype(float) - pictures).mean() / 255),
+        "read right": float(np.mean(right)),
+        "latent std": float(means.std()),
+    }
+
+
+@torch.no_grad()
+def judge_prompts(
+    unet: KolorsUNet,
+    vae: AutoencoderKL,
+    text_encoder: ChatGLM,
+    tokenizer: ChatGLMTokenizer,
+    path: Path,
+    *,
+    size: tuple[int, int],
+    train_steps: int,
+    beta_end: float,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    prompts: list[HeldOutPrompt] | None = None,
+) -> dict[str, float]:
+    """Draw the validation prompts and let the oracle judge; the pictures go to `path`."""
+    prompts = prompts or validation_prompts()
+    scheduler = EulerDiscreteScheduler(
+        num_train_timesteps=train_steps,
+        beta_start=0.00085,
+        beta_end=beta_end,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    generator = torch.Generator().manual_seed(VALIDATION_SEED)
+    drawn = []
+    for start in range(0, len(prompts), 20):
+        texts = [one.prompt for one in prompts[start : start + 20]]
+        latents = sample(unet, text_encoder, tokenizer, scheduler, texts, size, steps, guidance, generator)
+        drawn.append(to_pictures(vae.decode(latents / vae.config.scaling_factor).sample))
+    pictures = np.concatenate(drawn)
+    verdicts = [judge(picture, one.request) for picture, one in zip(pictures, prompts, strict=True)]
+    write_grid(pictures, path)
+    figures = {"right": float(np.mean([verdict.correct for verdict in verdicts]))}
+    for part in ("objects_ok", "colours_ok", "relation_ok"):
+        figures[part.removesuffix("_ok")] = float(np.mean([getattr(verdict, part) for verdict in verdicts]))
+    for category in dict.fromkeys(one.category for one in prompts):
+        chosen = [v.correct for v, one in zip(verdicts, prompts, strict=True) if one.category == category]
+        figures[category] = float(np.mean(chosen))
+    return figures
+
+
+def sample(
+    unet: KolorsUNet,
+    text_encoder: ChatGLM,
+    tokenizer: ChatGLMTokenizer,
+    scheduler: EulerDiscreteScheduler,
+    texts: list[str],
+    size: tuple[int, int],
+    steps: int,
+    guidance: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Scaled latents [B, C, h, w] for the texts, with classifier-free guidance against the empty text."""
+    count, side = len(texts), unet.config.in_channels
+    embeds, key_bias, pooled = text_encoder.text_features_collapsed(*encode(tokenizer, [""] * count + texts))
+    sizes = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).expand(2 * count, -1)
+    scheduler.set_timesteps(steps)
+    noise = torch.randn(count, side, size[0] // 8, size[1] // 8, generator=generator)
+    latents = noise * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        noisy = scheduler.scale_model_input(latents, timestep)
+        negative, positive = unet(
+            torch.cat([noisy, noisy]),
+            timestep,
+            embeds,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
+            encoder_key_bias=key_bias,
+            return_dict=False,
+        )[0].chunk(2)
+        latents = scheduler.step(negative + guidance * (positive - negative), timestep, latents)[0]
+    return latents
+
+
+def encode(tokenizer: ChatGLMTokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [B, 256], padded on the left as at inference."""
+    batch = tokenizer(texts, padding="max_length", max_length=256)
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def to_pictures(pixels: Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
+    scaled = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def write_grid(pictures: np.ndarray, path: Path, columns: int = 8) -> None:
+    """Pictures [B, H, W, 3] in rows, as one PNG."""
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    sheet = np.full((len(rows) * pictures.shape[1], columns * pictures.shape[2], 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        line = np.concatenate(list(row), axis=1)
+        sheet[i * pictures.shape[1] : (i + 1) * pictures.shape[1], : line.shape[1]] = line
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(path)

@@ -1,0 +1,207 @@
+"""What a stage minimises: an objective owns the module it trains and makes the loss of any step by its number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kolors_fast.data.shapes import caption, phrase, render, sample_training
+from kolors_fast.models.autoencoder_kl import AutoencoderKL
+from kolors_fast.models.chatglm import ChatGLM
+from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
+from kolors_fast.models.unet import KolorsUNet
+
+from .config import AutoencoderStage, EpsilonStage, LanguageModelStage
+from .monitor import encode, judge_prompts, judge_reconstructions
+from .pool import LatentPool, pad_left
+from .streams import Streams
+
+LANGUAGES = ("en", "zh")
+
+
+class Objective(Protocol):
+    """A loss that depends on nothing but the weights and the step's number."""
+
+    module: nn.Module
+
+    def loss(self, step: int) -> Tensor:
+        """The step's loss of this process, a scalar with a gradient."""
+        ...
+
+    def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """Look at the averaged weights: figures to log; pictures, if any, go to `folder`."""
+        ...
+
+
+def to_tensor(pictures: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] -> fp32 [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class AutoencoderObjective:
+    """mean |d| + 2 mean d^2 + kl_weight * KL per latent value, in nats, to the standard normal; d = decode(sample) - x.
+
+    The squares matter at first: with |d| alone the decoder long draws the background and no objects.
+    """
+
+    def __init__(self, vae: AutoencoderKL, stage: AutoencoderStage, streams: Streams) -> None:
+        self.module, self.stage, self.streams = vae, stage, streams
+
+    def pictures(self, step: int) -> Tensor:
+        """The step's batch, all of one size; larger pictures come in smaller batches, of about equal pixels."""
+        sizes = self.stage.sizes
+        height, width = sizes[int(self.streams.shared(step).integers(len(sizes)))]
+        count = max(1, round(self.stage.batch * sizes[0][0] * sizes[0][1] / (height * width)))
+        rng = self.streams.numpy(step)
+        return to_tensor(np.stack([render(sample_training(rng)[0], height, width) for _ in range(count)]))
+
+    def loss(self, step: int) -> Tensor:
+        pictures = self.pictures(step)
+        posterior = self.module.encode(pictures).latent_dist
+        decoded = self.module.decode(posterior.sample(self.streams.torch(step))).sample
+        error = decoded.float() - pictures
+        return error.abs().mean() + 2 * error.square().mean() + self.stage.kl_weight * posterior.kl().sum() / posterior.mean.numel()
+
+    def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        assert isinstance(averaged, AutoencoderKL)
+        return judge_reconstructions(averaged, folder / f"{step:06d}.png")
+
+
+class LanguageModelObjective:
+    """Cross-entropy of the next token over `[gMASK] sop caption eos`, or `... caption eos caption eos`.
+
+    The second caption says the same in other words. To predict it, the states of the first must carry what it says,
+    which is what the UNet will read.
+    """
+
+    def __init__(
+        self, model: ChatGLM, tokenizer: ChatGLMTokenizer, stage: LanguageModelStage, streams: Streams
+    ) -> None:
+        self.module, self.tokenizer, self.stage, self.streams = model, tokenizer, stage, streams
+
+    def tokens(self, step: int) -> tuple[Tensor, Tensor]:
+        """ids and targets [B, S], padded on the right; targets are -100 where there is nothing to predict."""
+        rng = self.streams.numpy(step)
+        rows = [self._row(rng) for _ in range(self.stage.batch)]
+        width = max(map(len, rows)) - 1
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        targets = torch.full_like(ids, -100)
+        for i, row in enumerate(rows):
+            ids[i, : len(row) - 1] = torch.tensor(row[:-1])
+            targets[i, 1 : len(row) - 1] = torch.tensor(row[2:])  # sop after [gMASK] is not predicted
+        return ids, targets
+
+    def _row(self, rng: np.random.Generator) -> list[int]:
+        scene = sample_training(rng)[0]
+        text, request = caption(scene, rng)
+        row = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
+        if rng.random() < self.stage.pairs:
+            again = phrase(request, rng, LANGUAGES[int(rng.integers(2))])
+            row += [*self.tokenizer.encode(again)[len(self.tokenizer.prefix) :], self.tokenizer.eos_token_id]
+        return row
+
+    def loss(self, step: int) -> Tensor:
+        ids, targets = self.tokens(step)
+        logits = self.module.logits(ids)  # causal: pads on the right are seen by no token that counts
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    @torch.no_grad()
+    def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        assert isinstance(averaged, ChatGLM)
+        ids, targets = self.tokens(-1 % 2**31)  # a batch that no step trains on
+        logits = averaged.logits(ids).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        embeds, bias, pooled = averaged.text_features_collapsed(*encode(self.tokenizer, ["a red circle"]))
+        return {
+            "validation loss": float(loss),
+            "rms of states": float(embeds.square().mean().sqrt()),
+            "rms of pooled": float(pooled.square().mean().sqrt()),
+        }
+
+
+class EpsilonObjective:
+    """mean w(t) (unet(sqrt(A_t) x + sqrt(1 - A_t) n, t, text) - n)^2 over latents x of the pool (Ho et al. 2020).
+
+    t is uniform over all training steps, A_t the schedule's alpha-bar, w = min(SNR, gamma) / SNR (min-SNR-gamma, Hang
+    et al. 2023) or 1. A share of the captions is replaced by the empty one, for classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        unet: KolorsUNet,
+        vae: AutoencoderKL,
+        text_encoder: ChatGLM,
+        tokenizer: ChatGLMTokenizer,
+        pool: LatentPool,
+        stage: EpsilonStage,
+        streams: Streams,
+    ) -> None:
+        self.module, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.pool, self.stage, self.streams = pool, stage, streams
+        self.alpha_bar = alpha_bar(stage.train_steps, stage.beta_end)  # [T]
+
+    def loss(self, step: int) -> Tensor:
+        rng, generator = self.streams.numpy(step), self.streams.torch(step)
+        bucket, items = self.pool.batch(step, self.stage.batch)
+        height, width = bucket.size
+        latents = bucket.latents[items].float()  # [B, C, h, w]
+        chosen = bucket.captions[items, rng.integers(self.stage.captions, size=len(items))]  # [B, tokens]
+        chosen[torch.from_numpy(rng.random(len(items)) < self.stage.caption_dropout)] = self.pool.empty
+        ids, mask = pad_left(chosen)
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(len(self.alpha_bar), (len(items),), generator=generator)
+        predicted = self.predict(add_noise(latents, noise, self.alpha_bar[timesteps]), timesteps, ids, mask, height, width)
+        error = (predicted.float() - noise).square().mean((1, 2, 3))  # [B]
+        return (error * snr_weights(self.alpha_bar[timesteps], self.stage.snr_gamma)).mean()
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, ids: Tensor, mask: Tensor, height: int, width: int
+    ) -> Tensor:
+        """The UNet's prediction for latents of whole pictures of height x width pixels."""
+        with torch.no_grad():
+            embeds, key_bias, pooled = self.text_encoder.text_features_collapsed(ids, mask)
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+        added = {"text_embeds": pooled, "time_ids": sizes.expand(len(noisy), -1)}
+        output = self.module(
+            noisy, timesteps, embeds, added_cond_kwargs=added, encoder_key_bias=key_bias, return_dict=False
+        )
+        return output[0]
+
+    def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        assert isinstance(averaged, KolorsUNet)
+        side = self.stage.area
+        return judge_prompts(
+            averaged,
+            self.vae,
+            self.text_encoder,
+            self.tokenizer,
+            folder / f"{step:06d}.png",
+            size=(side, side),
+            train_steps=self.stage.train_steps,
+            beta_end=self.stage.beta_end,
+        )
+
+
+def alpha_bar(train_steps: int, beta_end: float, beta_start: float = 0.00085) -> Tensor:
+    """Products of 1 - beta for the scaled-linear betas of SDXL (1000 steps, 0.012) and Kolors (1100, 0.014): [T]."""
+    roots = torch.linspace(beta_start**0.5, beta_end**0.5, train_steps, dtype=torch.float32)
+    return torch.cumprod(1 - roots**2, dim=0)
+
+
+def add_noise(latents: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
+    """sqrt(A) x + sqrt(1 - A) n, with A = signal [B]."""
+    signal = signal.reshape(-1, 1, 1, 1)
+    return signal.sqrt() * latents + (1 - signal).sqrt() * noise
+
+
+def snr_weights(signal: Tensor, gamma: float) -> Tensor:
+    """min(SNR, gamma) / SNR with SNR = A / (1 - A); ones where gamma is 0."""
+    if gamma == 0:
+        return torch.ones_like(signal)
+    ratio = signal / (1 - signal)
+    return ratio.clamp(max=gamma) / ratio

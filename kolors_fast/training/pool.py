@@ -1,0 +1,132 @@
+"""A pool of scenes, rendered and encoded once, so that a step of the UNet's training costs only the UNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from kolors_fast.data.shapes import Scene, caption, render, sample_training
+from kolors_fast.models.autoencoder_kl import AutoencoderKL
+from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
+
+from .buckets import Size, epoch_batches, make_buckets, nearest_bucket
+from .config import EpsilonStage
+from .streams import Streams
+
+MAX_TOKENS = 256  # of a prompt, as in Kolors
+STORED_TOKENS = 64  # longest caption that is kept; the longest of the shapes world has about 45
+ABSENT = -1
+_ENCODED_PIXELS = 16 * 256 * 256  # at a time
+_EPOCH_STREAM = 2**30  # steps of this stream count epochs
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The scenes of one picture size."""
+
+    size: Size  # height, width
+    latents: Tensor  # [N, C, h, w] fp16, scaled to about unit variance
+    captions: Tensor  # [N, captions, STORED_TOKENS] int16, padded on the right with ABSENT
+
+
+class LatentPool:
+    """Buckets of latents with captions, and the order in which they are visited."""
+
+    def __init__(self, buckets: list[Bucket], empty: Tensor, streams: Streams) -> None:
+        self.buckets, self.empty, self.streams = buckets, empty, streams
+        self._epoch: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
+
+    def batch(self, step: int, size: int) -> tuple[Bucket, Tensor]:
+        """The bucket and the items [size] of a step; every epoch is a new shuffle."""
+        members = [np.arange(len(bucket.latents)) for bucket in self.buckets]
+        per_epoch = sum(len(ids) // size for ids in members)
+        if per_epoch == 0:
+            raise ValueError(f"scenes: expected enough for one batch of {size} in a bucket, got fewer")
+        number, place = divmod(step, per_epoch)
+        if self._epoch[0] != number:
+            rng = self.streams.numpy(_EPOCH_STREAM + number)
+            self._epoch = (number, list(epoch_batches(members, size, rng)))
+        bucket, items = self._epoch[1][place]
+        return self.buckets[bucket], torch.from_numpy(items)
+
+
+def pad_left(captions: Tensor, pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Captions [B, L] padded on the right with ABSENT -> ids and mask [B, 256], padded on the left."""
+    ids = torch.full((len(captions), MAX_TOKENS), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, real, caption_ids in zip(ids, mask, captions, strict=True):
+        count = int((caption_ids != ABSENT).sum())
+        row[MAX_TOKENS - count :] = caption_ids[:count].long()
+        real[MAX_TOKENS - count :] = 1
+    return ids, mask
+
+
+def build_pool(
+    vae: AutoencoderKL, tokenizer: ChatGLMTokenizer, stage: EpsilonStage, streams: Streams, count: int, cache: Path
+) -> LatentPool:
+    """A pool of `count` training scenes, read from the file `cache` where it exists, else made and written there."""
+    sizes = make_buckets(stage.area**2, stage.shortest, stage.longest)
+    if not cache.exists():
+        _make(vae, tokenizer, stage, streams, count, sizes, cache)
+    stored = load_file(cache)
+    buckets = []
+    for height, width in sizes:
+        name = f"{height}x{width}"
+        if f"latents.{name}" in stored:
+            buckets.append(Bucket((height, width), stored[f"latents.{name}"], stored[f"captions.{name}"]))
+    return LatentPool(buckets, _stored(tokenizer.encode("")), streams)
+
+
+def _make(
+    vae: AutoencoderKL,
+    tokenizer: ChatGLMTokenizer,
+    stage: EpsilonStage,
+    streams: Streams,
+    count: int,
+    sizes: list[Size],
+    cache: Path,
+) -> None:
+    rng = streams.numpy(_EPOCH_STREAM - 1)
+    scenes: dict[Size, list[Scene]] = {size: [] for size in sizes}
+    for _ in range(count):
+        square = len(sizes) == 1 or rng.random() < stage.square_share
+        aspect = 1.0 if square else float(np.exp(rng.uniform(-np.log(2), np.log(2))))
+        scenes[sizes[nearest_bucket(sizes, aspect)]].append(sample_training(rng)[0])
+    stored = {}
+    with tqdm(total=count, desc="latents", unit="scene", disable=streams.rank > 0, mininterval=10) as bar:
+        for (height, width), members in scenes.items():
+            if not members:
+                continue
+            name = f"{height}x{width}"
+            texts = [[_stored(tokenizer.encode(caption(s, rng)[0])) for _ in range(stage.captions)] for s in members]
+            stored[f"captions.{name}"] = torch.stack([torch.stack(rows) for rows in texts])
+            latents = []
+            for start in range(0, len(members), at_once := max(1, _ENCODED_PIXELS // (height * width))):
+                some = members[start : start + at_once]
+                latents.append(encode_scenes(vae, some, height, width).half())
+                bar.update(len(some))
+            stored[f"latents.{name}"] = torch.cat(latents)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    scratch = cache.with_name(f".{cache.name}.tmp")
+    save_file(stored, scratch)
+    scratch.replace(cache)
+
+
+@torch.no_grad()
+def encode_scenes(vae: AutoencoderKL, scenes: list[Scene], height: int, width: int) -> Tensor:
+    """Scaled latents (posterior means) of scenes: [B, C, h, w]."""
+    pictures = np.stack([render(scene, height, width) for scene in scenes])
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return vae.encode(pixels).latent_dist.mode().float() * vae.config.scaling_factor
+
+
+def _stored(ids: list[int]) -> Tensor:
+    if len(ids) > STORED_TOKENS:
+        raise ValueError(f"captions: expected at most {STORED_TOKENS} tokens, got {len(ids)}")
+    return torch.tensor(ids + [ABSENT] * (STORED_TOKENS - len(ids)), dtype=torch.int16)

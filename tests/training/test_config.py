@@ -1,0 +1,80 @@
+"""Recipes: strict TOML."""
+
+import copy
+
+import pytest
+
+from kolors_fast.training.config import RECIPES, EpsilonStage, RecipeError, load_recipe, parse_recipe, tomllib
+
+BUNDLED = sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+@pytest.fixture
+def table():
+    return tomllib.loads((RECIPES / "kolors-tiny.toml").read_text())
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_recipes_load(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert [s.objective for s in recipe.stages] == ["autoencoder", "language_model", "epsilon", "epsilon"]
+
+
+def test_kolors_phases(table):
+    first, second = parse_recipe(table, "recipe").stages[2:]
+    assert isinstance(first, EpsilonStage) and isinstance(second, EpsilonStage)
+    assert (first.train_steps, first.beta_end) == (1000, 0.012)
+    assert (second.train_steps, second.beta_end) == (1100, 0.014)
+    assert first.area < second.area
+
+
+def test_unknown_keys_are_errors(table):
+    for change in (
+        lambda t: t.update(sead=1),
+        lambda t: t["tokenizer"].update(vocabulary=1),
+        lambda t: t["stage"][0].update(epochs=3),
+        lambda t: t["stage"][0].update(caption_dropout=0.1),  # another objective's key
+    ):
+        broken = copy.deepcopy(table)
+        change(broken)
+        with pytest.raises(RecipeError, match=r"unknown key '\w+'"):
+            parse_recipe(broken, "recipe")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("steps", "many", "steps: expected int, got 'many'"),
+        ("steps", True, "steps: expected int, got True"),
+        ("steps", 0, "steps: expected 1 or more, got 0"),
+        ("warmup", 10**9, r"warmup \+ decay: expected at most steps"),
+        ("learning_rate", "fast", "learning_rate: expected float"),
+        ("precision", "fp8", "precision: expected 'fp32' or 'bf16', got 'fp8'"),
+        ("ema", 1.0, "ema: expected 0 <= ema < 1"),
+        ("sizes", [[128, "wide"]], "sizes: expected int, got 'wide'"),
+        ("sizes", [[128, 128, 3]], r"sizes: expected tuple.*, got \[128, 128, 3\]"),
+        ("objective", "gan", "objective: expected one of"),
+    ],
+)
+def test_wrong_values(table, key, value, message):
+    table["stage"][0][key] = value
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(table, "recipe")
+
+
+def test_missing_parts(table):
+    with pytest.raises(RecipeError, match="missing key 'seed'"):
+        parse_recipe({k: v for k, v in table.items() if k != "seed"}, "recipe")
+    with pytest.raises(RecipeError, match=r"expected at least one \[\[stage\]\]"):
+        parse_recipe({**table, "stage": []}, "recipe")
+    with pytest.raises(RecipeError, match="stage names: expected each once"):
+        parse_recipe({**table, "stage": [table["stage"][0]] * 2}, "recipe")
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(RecipeError, match="no such file, and the bundled recipes are: .*kolors-tiny"):
+        load_recipe("kolors-enormous")
+    (tmp_path / "broken.toml").write_text("steps = = 3")
+    with pytest.raises(RecipeError, match="not valid TOML"):
+        load_recipe(tmp_path / "broken.toml")
