@@ -185,7 +185,7 @@ template <typename T> struct ChannelsFirstForward : ForwardPasses<T> {
     void first(int64_t unit, int64_t block, int) const {
         const Run run(layout, unit, block);
         const T *x = input(run);
-        const int64_t pivot_count = at_most(run.count, kRunElements / 16);
+        const int64_t pivot_count = at_most(run.count, padded(ceil_div(run.count, 16)));
         Floats totals = {};
         for_vectors(pivot_count, [&](int64_t i, auto vector) { totals += vector.load(x + i); });
         const float pivot = static_cast<float>(sum_lanes(totals) / pivot_count);
