@@ -46,6 +46,71 @@ def test_reads_prompts_written_by_hand(prompt, request_):
     assert parse(prompt) == request_
 
 
+# every phrasing of "A before B (before C)", written by hand: writing and reading share their templates, so reading
+# back alone would not notice one that says the opposite; A is a red circle, B a blue square, C a green triangle
+ORDERED = {
+    "row": """
+        A to the left of B | A left of B | A on the left of B | B to the right of A | B right of A
+        | A on the left, B on the right | A with B to its right | B with A to its left
+        | A在B左边 | A在B的左边 | A位于B左侧 | B的左边有A | B在A右边 | B在A的右侧 | A的右边是B | 左边是A，右边是B
+        | from left to right: A, B, C | A, B and C from left to right | a row of A, B and C
+        | A on the left, B in the middle, C on the right | B between A on the left and C on the right
+        | from right to left: C, B, A
+        | 从左到右：A、B、C | 从左到右依次是A、B、C | 左边是A，中间是B，右边是C | A在左边，B在中间，C在右边
+        | B在A和C中间，从左到右 | 从右到左：C、B、A""",
+    "column": """
+        A above B | A is above B | A over B | B below A | B under A | A at the top, B at the bottom
+        | A with B below it | B with A above it
+        | A在B上面 | A在B的上方 | A位于B上方 | B的上面有A | B在A下面 | B在A的下方 | A的下面是B | 上面是A，下面是B
+        | from top to bottom: A, B, C | A, B and C from top to bottom | a column of A, B and C
+        | A at the top, B in the middle, C at the bottom | B between A at the top and C at the bottom
+        | from bottom to top: C, B, A
+        | 从上到下：A、B、C | 从上到下依次是A、B、C | 上面是A，中间是B，下面是C | A在上面，B在中间，C在下面
+        | B在A和C中间，从上到下 | 从下到上：C、B、A""",
+}
+MEANINGS = {
+    "colour": "红色 red 绿色 green 蓝色 blue 黄色 yellow 紫色 purple 橙色 orange",
+    "shape": "圆 circle 圆形 circle 方块 square 正方形 square 方形 square 三角形 triangle"
+    " 五角星 star 星星 star 星形 star",
+    "place": "左上角 top-left 左上方 top-left 上方 top 上面 top 右上角 top-right 右上方 top-right 左边 left 左侧 left"
+    " 中间 centre 中央 centre 正中间 centre 右边 right 右侧 right 左下角 bottom-left 左下方 bottom-left 下方 bottom"
+    " 下面 bottom 右下角 bottom-right 右下方 bottom-right",
+    "background": "白色 white 黑色 black 灰色 grey",
+    "size": "小 small 大 large",
+}
+SENTENCES = {
+    "colour": "一个{}圆形",
+    "shape": "一个红色{}",
+    "place": "红色圆形在{}",
+    "background": "红色圆形，{}背景",
+    "size": "红色{}圆形",
+}
+
+
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_every_order_phrasing_means_what_it_says(axis):
+    things = (Asked("circle", "red"), Asked("square", "blue"), Asked("triangle", "green"))
+    written = set()
+    rng = np.random.default_rng(2)
+    for _ in range(1500):
+        for count in (2, 3):
+            for language in ("en", "zh"):
+                text = phrase(Request(things[:count], axis), rng, language)
+                text = re.sub("(a )?red (circle|disc)|(一个)?红色的?圆形?", "A", text)
+                text = re.sub("(a )?blue (square|box)|(一个)?蓝色的?(方块|正方形|方形)", "B", text)
+                written.add(re.sub("(a )?green triangle|(一个)?绿色的?三角形", "C", text))
+    assert written == {sentence.strip() for sentence in ORDERED[axis].split("|")}
+
+
+@pytest.mark.parametrize("kind", MEANINGS)
+def test_chinese_words_mean_what_they_say(kind):
+    words = MEANINGS[kind].split()
+    for word, meaning in zip(words[::2], words[1::2], strict=True):
+        request = parse(SENTENCES[kind].format(word))
+        stated = request.objects[0] if kind in ("colour", "shape", "size") else request
+        assert getattr(stated, kind) == meaning.replace("-", " "), word
+
+
 @pytest.mark.parametrize("prompt", ["", "a cat", "a red circle left of", "a pink circle", "红色圆形在左边在右边"])
 def test_other_prompts_are_not_understood(prompt):
     assert parse(prompt) is None
