@@ -116,7 +116,7 @@ def sample(
             added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
             encoder_key_bias=key_bias,
             return_dict=False,
-        )[0].chunk(2)
+        )[0].float().chunk(2)
         latents = scheduler.step(negative + guidance * (positive - negative), timestep, latents)[0]
     return latents
 

@@ -22,6 +22,7 @@ from .pool import LatentPool, pad_left
 from .streams import Streams
 
 LANGUAGES = ("en", "zh")
+_VALIDATION = 2**31 - 1  # a batch that no step trains on
 
 
 class Objective(Protocol):
@@ -113,15 +114,20 @@ class LanguageModelObjective:
     @torch.no_grad()
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         assert isinstance(averaged, ChatGLM)
-        ids, targets = self.tokens(-1 % 2**31)  # a batch that no step trains on
+        ids, targets = self.tokens(_VALIDATION)
         logits = averaged.logits(ids).float()
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-        embeds, bias, pooled = averaged.text_features_collapsed(*encode(self.tokenizer, ["a red circle"]))
-        return {
-            "validation loss": float(loss),
-            "rms of states": float(embeds.square().mean().sqrt()),
-            "rms of pooled": float(pooled.square().mean().sqrt()),
-        }
+        return {"validation loss": float(loss), "rms of states": self.rms_of_states(averaged)}
+
+    @torch.no_grad()
+    def rms_of_states(self, model: nn.Module, captions: int = 256) -> float:
+        """Root mean square of what the UNet will read at the tokens of captions, the prefix left out."""
+        assert isinstance(model, ChatGLM)
+        rng = self.streams.numpy(_VALIDATION)
+        texts = [sample_training(rng)[1] for _ in range(captions)]
+        embeds, key_bias, _ = model.text_features_collapsed(*encode(self.tokenizer, texts))
+        start = 1 + len(self.tokenizer.prefix)  # behind the pad and the prefix
+        return float(embeds[:, start:][key_bias[:, start:] == 0].square().mean().sqrt())
 
 
 class EpsilonObjective:

@@ -18,6 +18,7 @@ from kolors_fast.models.unet import KolorsUNet
 from kolors_fast.schedulers import EulerDiscreteScheduler
 
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage, Recipe, Stage, load_recipe
+from .initial import scale_residual_stream, zero_residual_branches
 from .objectives import AutoencoderObjective, EpsilonObjective, LanguageModelObjective, Objective
 from .parallel import World
 from .pool import build_pool
@@ -90,6 +91,8 @@ class Session:
         if self.world.is_main:
             if isinstance(module, AutoencoderKL):
                 self._measure_scale(module, stage)
+            elif isinstance(objective, LanguageModelObjective):
+                scale_residual_stream(module, 1 / objective.rms_of_states(module))
             module.float().save_pretrained(self.folder / self._subfolder(stage))
             write_file(done, json.dumps({"steps": stage.steps}).encode())
         self.world.wait()
@@ -110,7 +113,11 @@ class Session:
         vae = AutoencoderKL.from_pretrained(self.folder, subfolder="vae").requires_grad_(False)
         text_encoder = ChatGLM.from_pretrained(self.folder, subfolder="text_encoder").requires_grad_(False)
         trained = (self.folder / "unet" / "config.json").exists()
-        unet = KolorsUNet.from_pretrained(self.folder, subfolder="unet") if trained else KolorsUNet(**self.recipe.unet)
+        if trained:
+            unet = KolorsUNet.from_pretrained(self.folder, subfolder="unet")
+        else:
+            unet = KolorsUNet(**self.recipe.unet)
+            zero_residual_branches(unet)
         cache = folder / f"pool-{self.world.rank}-of-{self.world.size}.safetensors"
         count = math.ceil(stage.scenes / self.world.size)
         with computing_in(stage.precision):

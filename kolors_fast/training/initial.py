@@ -1,0 +1,39 @@
+"""Exact changes of weights around a training: none of them alters what a trained model computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kolors_fast.models.chatglm import ChatGLM, RMSNorm
+from kolors_fast.models.unet import KolorsUNet
+
+
+@torch.no_grad()
+def zero_residual_branches(unet: KolorsUNet) -> None:
+    """Let a fresh UNet predict zero and each residual branch add nothing (Dhariwal & Nichol 2021)."""
+    for name, module in unet.named_modules():
+        if name.endswith(("conv2", "proj_out", "conv_out")) and isinstance(module, nn.Conv2d | nn.Linear):
+            module.weight.zero_()
+            if module.bias is not None:
+                module.bias.zero_()
+
+
+@torch.no_grad()
+def scale_residual_stream(model: ChatGLM, factor: float) -> None:
+    """Multiply all hidden states of a language model by `factor` and leave its predictions as they are.
+
+    Every reader of the stream is behind an RMSNorm, which does not see the scale once its eps has it too; so only what
+    writes to the stream is multiplied. Training lets the states grow to a size that the UNet's projections would have to
+    undo.
+    """
+    model.register_config(layernorm_epsilon=model.config.layernorm_epsilon * factor**2)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.eps *= factor**2
+    model.embedding.word_embeddings.weight.mul_(factor)
+    for layer in model.encoder.layers:
+        for writer in (layer.self_attention.dense, layer.mlp.dense_4h_to_h):
+            writer.weight.mul_(factor)
+            if writer.bias is not None:
+                writer.bias.mul_(factor)
