@@ -103,7 +103,13 @@ def read_json(path_or_id: str | os.PathLike[str], name: str, subfolder: str | No
         if not path.is_file():
             raise OSError(f"path_or_id: expected a folder holding {subfolder or '.'}/{name}, got {str(path_or_id)!r}")
     else:
-        path = Path(hf_hub_download(str(path_or_id), name, subfolder=subfolder))
+        try:
+            path = Path(hf_hub_download(str(path_or_id), name, subfolder=subfolder))
+        except Exception as error:  # the hub client raises errors of several libraries
+            reason = type(error).__name__
+            raise OSError(
+                f"path_or_id: expected a folder or a reachable Hub repository, got {str(path_or_id)!r} ({reason})"
+            ) from error
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

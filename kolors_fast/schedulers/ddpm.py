@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .config import records_config
-from .schedule import spaced_timesteps
+from .schedule import given_values, spaced_timesteps
 from .scheduler import Generator, Scheduler, StepOutput, as_given, mix_noise
 from .table import Row, StepTable, affine_row, denoised_from
 
@@ -62,11 +61,7 @@ class DDPMScheduler(Scheduler):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps: expected exactly one of num_inference_steps, timesteps, got both or none")
         if timesteps is not None:
-            chosen = np.asarray(timesteps, dtype=np.float64)
-            if (np.diff(chosen) >= 0).any() or not len(self) > chosen[0] >= chosen[-1] >= 0:
-                raise ValueError(
-                    f"timesteps: expected descending values in [0, {len(self) - 1}], got {list(timesteps)}"
-                )
+            chosen = given_values("timesteps", timesteps, len(self) - 1)
         else:
             config = self.config
             chosen = spaced_timesteps(config.timestep_spacing, len(self), num_inference_steps or 0, config.steps_offset)

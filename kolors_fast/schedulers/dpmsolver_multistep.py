@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import records_config
-from .schedule import karras_sigmas, sigma_to_timestep, spaced_timesteps
+from .schedule import given_values, karras_sigmas, sigma_to_timestep, spaced_timesteps
 from .scheduler import Generator, Scheduler, StepOutput, as_given, mix_noise
 from .table import Row, StepTable, affine_row, denoised_from
 
@@ -102,7 +102,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         if timesteps is not None:
             if config.use_karras_sigmas:
                 raise ValueError("timesteps: expected None with use_karras_sigmas=True, got a list")
-            chosen = np.asarray(timesteps, dtype=np.float64)
+            chosen = given_values("timesteps", timesteps, len(self) - 1)
         else:
             spare = 0 if config.timestep_spacing == "trailing" else 1
             chosen = spaced_timesteps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import records_config
-from .schedule import Array, karras_sigmas, round_to_float32, sigma_to_timestep, spaced_timesteps
+from .schedule import Array, given_values, karras_sigmas, round_to_float32, sigma_to_timestep, spaced_timesteps
 from .scheduler import Generator, Scheduler, StepOutput, as_given, mix_noise
 from .table import Row, StepTable, affine_row, denoised_from, draw_noise
 
@@ -124,11 +125,11 @@ class EulerDiscreteScheduler(SigmaScheduler):
         if timesteps is not None and self.config.use_karras_sigmas:
             raise ValueError("timesteps: expected None with use_karras_sigmas=True, got a list")
         if sigmas is not None:
-            levels = np.asarray(sigmas, dtype=np.float32).astype(np.float64)
+            levels = round_to_float32(given_values("sigmas", sigmas, math.inf))
             self._set_run(sigma_to_timestep(levels[:-1], self._train_sigmas), levels, device)
             return
         if timesteps is not None:
-            chosen = np.asarray(timesteps, dtype=np.float64)
+            chosen = given_values("timesteps", timesteps, len(self) - 1)
         else:
             config = self.config
             chosen = spaced_timesteps(config.timestep_spacing, len(self), num_inference_steps or 0, config.steps_offset)

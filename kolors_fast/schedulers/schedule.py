@@ -74,6 +74,21 @@ def spaced_timesteps(spacing: str, train_steps: int, steps: int, offset: int, *,
     return chosen[:steps].copy()
 
 
+def given_values(name: str, values: Sequence[float], highest: float) -> Array:
+    """A user's own timesteps or sigmas as float64, checked to descend from at most `highest` to at least 0."""
+    chosen = np.asarray(values, dtype=np.float64)
+    if (
+        chosen.ndim != 1
+        or not len(chosen)
+        or (np.diff(chosen) >= 0).any()
+        or not highest >= chosen[0] >= chosen[-1] >= 0
+    ):
+        raise ValueError(
+            f"{name}: expected descending values from at most {highest:g} to at least 0, got {list(values)}"
+        )
+    return chosen
+
+
 def karras_sigmas(low: float, high: float, steps: int) -> Array:
     """(high^(1/7) + i/(N-1) (low^(1/7) - high^(1/7)))^7, [steps] descending."""
     ramp = np.linspace(0, 1, steps)

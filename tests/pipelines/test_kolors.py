@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ def test_same_picture_as_diffusers(ours: Any, theirs: Any, prompt: Any, per_prom
     assert len(got) == per_prompt * (len(prompt) if isinstance(prompt, list) else 1)
     assert got.dtype == np.float32
     assert psnr(got, expected) > 80
+
+
+@pytest.mark.parametrize("method", ["__call__", "encode_prompt"])
+def test_arguments_are_those_of_diffusers(ours: Any, theirs: Any, method: str) -> None:
+    """Names, order and defaults."""
+    wanted, got = (inspect.signature(getattr(type(pipeline), method)).parameters for pipeline in (theirs, ours))
+    assert list(got) == list(wanted)
+    for name, parameter in wanted.items():
+        default = list(got[name].default) if isinstance(parameter.default, list) else got[name].default
+        assert default == parameter.default, name
 
 
 def test_pictures_depend_on_prompt_and_seed(ours: Any) -> None:

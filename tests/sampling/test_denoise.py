@@ -118,3 +118,13 @@ def test_dtype_is_kept_and_no_graph_is_built() -> None:
     )
     assert result.dtype == torch.bfloat16
     assert not result.requires_grad
+
+
+def test_half_precision_draws_the_noise_of_the_scheduler() -> None:
+    """DPM-Solver's noise is drawn in float32 for samples of any dtype, as in diffusers."""
+    scheduler, sample = make("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})
+    sample = sample.to(torch.bfloat16)
+    expected = by_hand(scheduler, sample, torch.ones(1))[-1]
+    table = scheduler.step_table()
+    got = denoise(model, table, sample, torch.ones(1), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.02 * float(expected.abs().max()))

@@ -106,6 +106,8 @@ def test_bad_configs(tmp_path: Path) -> None:
         ours.EulerDiscreteScheduler.from_config("scheduler")  # type: ignore[arg-type]
     with pytest.raises(OSError, match=r"expected a folder holding scheduler/scheduler_config\.json"):
         ours.EulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    with pytest.raises(OSError, match="expected a folder or a reachable Hub repository, got 'no such/folder/here'"):
+        ours.EulerDiscreteScheduler.from_pretrained("no such/folder/here")
     (tmp_path / "scheduler_config.json").write_text("{")
     with pytest.raises(OSError, match=r"scheduler_config\.json: expected a JSON object, got unreadable text"):
         ours.EulerDiscreteScheduler.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -205,6 +206,39 @@ def test_bad_prediction_type(name: str) -> None:
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match=r"prediction_type: expected .*, got 'dream'"):
         scheduler.step_table()
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("given", [[], [5, 9], [5, 5], [1100, 3], [7, -1]], ids=str)
+def test_bad_given_timesteps(name: str, given: list[int]) -> None:
+    scheduler = getattr(ours, name)(**KOLORS)
+    with pytest.raises(ValueError, match="timesteps: expected descending values from at most 1099 to at least 0, got"):
+        scheduler.set_timesteps(timesteps=given)
+    with pytest.raises(ValueError, match="set_timesteps: expected exactly one of num_inference_steps, timesteps"):
+        scheduler.set_timesteps(5, timesteps=[5])
+    with pytest.raises(ValueError, match="set_timesteps: expected exactly one of num_inference_steps, timesteps"):
+        scheduler.set_timesteps()
+
+
+def test_bad_given_sigmas() -> None:
+    scheduler = ours.EulerDiscreteScheduler(**KOLORS)
+    for given in ([1.0, 2.0], [2.0, -1.0], []):
+        with pytest.raises(ValueError, match="sigmas: expected descending values from at most inf to at least 0, got"):
+            scheduler.set_timesteps(sigmas=given)
+    scheduler = ours.EulerDiscreteScheduler(**KOLORS, use_karras_sigmas=True)
+    with pytest.raises(ValueError, match="timesteps: expected None with use_karras_sigmas=True, got a list"):
+        scheduler.set_timesteps(timesteps=[500, 100])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_take_the_arguments_of_diffusers(name: str) -> None:
+    for method in ("set_timesteps", "step", "add_noise", "set_begin_index", "index_for_timestep"):
+        theirs = getattr(getattr(diffusers, name), method, None)
+        if theirs is None:  # DDIM and DDPM have no step index there
+            continue
+        wanted = list(inspect.signature(theirs).parameters)
+        got = list(inspect.signature(getattr(getattr(ours, name)(), method)).parameters)
+        assert ["self", *got] == [parameter for parameter in wanted if parameter != "schedule_timesteps"]
 
 
 def test_bad_steps() -> None:
