@@ -33,7 +33,7 @@ CONTEXTS = torch.tensor([-0.3, 0.4, 0.1])  # what distinguishes the predictions 
 def model(inputs: Tensor, timestep: Tensor) -> Tensor:
     parts = inputs.reshape(-1, 2, *inputs.shape[1:])
     contexts = CONTEXTS[: len(parts)].reshape(-1, *[1] * inputs.dim())
-    return (torch.tanh(parts) + contexts + float(timestep) / 2000).reshape(inputs.shape)
+    return (torch.tanh(parts) + contexts + float(timestep) / 2000).reshape(inputs.shape).to(inputs.dtype)
 
 
 def by_hand(scheduler: Any, sample: Tensor, weights: Tensor, begin: int = 0, **options: Any) -> list[Tensor]:
