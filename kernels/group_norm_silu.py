@@ -235,7 +235,8 @@ def _merged(
     first_block = _block_of(group * GROUP, x_channels, BLOCK_C)
     last_block = _block_of(group * GROUP + GROUP - 1, x_channels, BLOCK_C)
 
-    slot = group - _span(first_block, x_channels, skip_channels, BLOCK_C)[0] // GROUP
+    begin, _ = _span(first_block, x_channels, skip_channels, BLOCK_C)
+    slot = group - begin // GROUP
     mean = tl.load(mean_ptr + ((n * blocks + first_block) * SLOTS + slot) * chunks, mask=exists, other=0.0)
     m2 = tl.zeros([SLOTS], tl.float32)
     count = tl.zeros([SLOTS], tl.float32)

@@ -41,6 +41,7 @@ class Variant:
     silu: bool = True
     groups: int = 32
     aligned: bool = True
+    backward: bool = True
 
     @property
     def wide(self) -> bool:
@@ -51,13 +52,13 @@ class Variant:
 VARIANTS = {
     "resnet": Variant(320, 0, 128, True),
     "straddled_seam": Variant(1280, 640, 64, True, BF16, channel_add=False),
-    "attention": Variant(1280, 0, 32, True, channel_add=False, silu=False),
-    "autoencoder": Variant(128, 0, 512, True, FLOAT, channel_add=False),
-    "one_group": Variant(512, 0, 16, True, groups=1),
+    "attention": Variant(1280, 0, 32, True, channel_add=False, silu=False, backward=False),
+    "autoencoder": Variant(128, 0, 512, True, FLOAT, channel_add=False, backward=False),
+    "one_group": Variant(512, 0, 16, True, groups=1, backward=False),
     "nchw": Variant(640, 320, 64, False),
-    "nchw_fp32": Variant(320, 0, 64, False, FLOAT),
+    "nchw_fp32": Variant(320, 0, 64, False, FLOAT, backward=False),
     "odd_channels": Variant(315, 37, 63, True),
-    "odd_address": Variant(640, 320, 64, True, aligned=False),
+    "odd_address": Variant(640, 320, 64, True, aligned=False, backward=False),
     "odd_pixels": Variant(96, 0, 63, False, BF16),
 }
 STEPS = {"step_multistep": (4 * 128 * 128, True), "step_odd": (4 * 125 * 93, False)}
@@ -121,9 +122,10 @@ def _launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any], int
         affine = meta(channels, dtype=v.dtype)
         add = meta(2, channels, dtype=v.dtype) if v.channel_add else None
         y, mean, rstd = group_norm_silu.forward(x, skip, affine, affine, add, v.groups, 1e-5, v.silu, v.channels_last)
-        group_norm_silu.backward(
-            y, x, skip, affine, affine, add, mean, rstd, v.groups, v.silu, v.channels_last, (True,) * 5
-        )
+        if v.backward:
+            group_norm_silu.backward(
+                y, x, skip, affine, affine, add, mean, rstd, v.groups, v.silu, v.channels_last, (True,) * 5
+            )
         for kernel, args, options in made:
             tile = options.get("BLOCK_P", 0) * options.get("BLOCK_C", 0) * v.dtype.itemsize
             yield name, kernel, args, options, tile // (options["num_warps"] * 32)
