@@ -142,6 +142,13 @@ def test_the_right_picture_passes():
     assert judge(render(two(), 128, 128), ASKED).reasons == ()
 
 
+@pytest.mark.parametrize(("across", "right"), [(0.0, True), (0.2, True), (0.5, False)])
+def test_a_diagonal_is_no_row(across, right):
+    first, second = two().items
+    moved = (replace(first, y=0.5 - across / 2), replace(second, y=0.5 + across / 2))
+    assert judge(render(Scene("white", moved, "row"), 128, 128), ASKED).correct is right
+
+
 def test_objects_that_touch_are_told_apart():
     touching = render(two(gap=0.07), 128, 128)
     found = {(o.shape, o.colour) for o in read(touching).objects}
