@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -325,7 +325,7 @@ class KolorsPipeline:
         for name, given in (("prompt_embeds", prompt), ("negative_prompt_embeds", negative)):
             if isinstance(given, TextFeatures):
                 check_dtype(name, given.embeds, self.unet)
-                check_dtype(f"pooled {name}", given.pooled, self.unet)
+                check_dtype(name.replace("prompt", "pooled_prompt"), given.pooled, self.unet)
         positive, beside = read_guided(self.tokenizer, self.text_encoder, prompt, negative, max_length, zeros=zeros)
         rows = torch.arange(len(positive)).repeat_interleave(repeats)
         positive = positive.to(self.device).select(rows.to(self.device))
@@ -414,7 +414,7 @@ def _negative_sizes(original: Size | None, crop: Size, target: Size | None) -> t
 
 
 @contextmanager
-def _in_float32(model: AutoencoderKL) -> Any:
+def _in_float32(model: AutoencoderKL) -> Iterator[None]:
     """Cast the model, and back afterwards: float16 values survive the way through float32 unchanged."""
     before = model.dtype
     model.to(torch.float32)

@@ -69,7 +69,7 @@ BAD_EMBEDS: list[tuple[dict[str, Any], str]] = [
         {"prompt_embeds": EMBEDS.half()},
         "prompt_embeds: expected the dtype of the unet, torch.float32, got torch.float16",
     ),
-    ({"pooled_prompt_embeds": POOLED.half()}, "pooled prompt_embeds: expected the dtype of the unet"),
+    ({"pooled_prompt_embeds": POOLED.half()}, "pooled_prompt_embeds: expected the dtype of the unet"),
     (
         {"prompt_embeds": EMBEDS[:, :99]},
         r"prompt_embeds: expected \[256, 32\] tokens and features per prompt, got \[99",
