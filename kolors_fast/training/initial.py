@@ -1,4 +1,4 @@
-"""Exact changes of weights around a training: none of them alters what a trained model computes."""
+"""What happens to a model's weights before its training, and after it without altering what the model computes."""
 
 from __future__ import annotations
 
@@ -37,3 +37,9 @@ def scale_residual_stream(model: ChatGLM, factor: float) -> None:
             writer.weight.mul_(factor)
             if writer.bias is not None:
                 writer.bias.mul_(factor)
+
+
+def drop_head(model: ChatGLM) -> None:
+    """Leave the part of a language model that encodes text."""
+    model.output_layer = None
+    model.config.pop("add_lm_head", None)

@@ -109,9 +109,9 @@ def _make(
             latents = []
             for start in range(0, len(members), at_once := max(1, _ENCODED_PIXELS // (height * width))):
                 some = members[start : start + at_once]
-                latents.append(encode_scenes(vae, some, height, width).half())
+                latents.append(encode_scenes(vae, some, height, width))
                 bar.update(len(some))
-            stored[f"latents.{name}"] = torch.cat(latents)
+            stored[f"latents.{name}"] = torch.cat(latents).half().contiguous()
     cache.parent.mkdir(parents=True, exist_ok=True)
     scratch = cache.with_name(f".{cache.name}.tmp")
     save_file(stored, scratch)

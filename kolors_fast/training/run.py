@@ -18,7 +18,7 @@ from kolors_fast.models.unet import KolorsUNet
 from kolors_fast.schedulers import EulerDiscreteScheduler
 
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage, Recipe, Stage, load_recipe
-from .initial import scale_residual_stream, zero_residual_branches
+from .initial import drop_head, scale_residual_stream, zero_residual_branches
 from .objectives import AutoencoderObjective, EpsilonObjective, LanguageModelObjective, Objective
 from .parallel import World
 from .pool import build_pool
@@ -93,6 +93,7 @@ class Session:
                 self._measure_scale(module, stage)
             elif isinstance(objective, LanguageModelObjective):
                 scale_residual_stream(module, 1 / objective.rms_of_states(module))
+                drop_head(module)
             module.float().save_pretrained(self.folder / self._subfolder(stage))
             write_file(done, json.dumps({"steps": stage.steps}).encode())
         self.world.wait()

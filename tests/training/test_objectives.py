@@ -86,5 +86,3 @@ def test_fresh_unet_predicts_zero():
     block = unet.mid_block.resnets[0]
     x = torch.randn(1, 16, 4, 4)
     assert torch.equal(block(x, torch.randn(1, 32)), x)
-
-

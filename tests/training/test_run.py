@@ -1,0 +1,195 @@
+"""A whole recipe on miniature models: every stage, resuming, the pipeline folder and its export."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kolors_fast.models.unet import KolorsUNet
+from kolors_fast.pipelines.kolors import KolorsPipeline
+from kolors_fast.training import export, run
+from kolors_fast.training.config import load_recipe
+from kolors_fast.training.monitor import validation_prompts
+from kolors_fast.training.parallel import World
+from kolors_fast.training.pool import ABSENT, build_pool, pad_left
+from kolors_fast.training.run import PIPELINE, Session, train_command
+from kolors_fast.training.streams import Streams
+from kolors_fast.training.trainer import Trainer
+
+RECIPE = """
+name = "miniature"
+seed = 3
+[tokenizer]
+pieces = 400
+captions = 300
+[vae]
+latent_channels = 4
+block_out_channels = [4, 4, 8, 8]
+down_block_types = ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"]
+up_block_types = ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
+layers_per_block = 1
+norm_num_groups = 2
+[text_encoder]
+num_layers = 2
+padded_vocab_size = 416
+hidden_size = 16
+ffn_hidden_size = 16
+kv_channels = 8
+num_attention_heads = 2
+multi_query_attention = true
+add_qkv_bias = true
+[unet]
+sample_size = 8
+block_out_channels = [8, 16]
+down_block_types = ["DownBlock2D", "CrossAttnDownBlock2D"]
+up_block_types = ["CrossAttnUpBlock2D", "UpBlock2D"]
+layers_per_block = 1
+transformer_layers_per_block = 1
+attention_head_dim = 2
+cross_attention_dim = 8
+encoder_hid_dim = 16
+addition_time_embed_dim = 4
+projection_class_embeddings_input_dim = 40
+norm_num_groups = 4
+[scheduler]
+num_train_timesteps = 1100
+beta_start = 0.00085
+beta_end = 0.014
+beta_schedule = "scaled_linear"
+timestep_spacing = "leading"
+steps_offset = 1
+[[stage]]
+name = "autoencoder"
+objective = "autoencoder"
+steps = 2
+batch = 2
+learning_rate = 1e-3
+warmup = 1
+decay = 1
+sizes = [[64, 64]]
+[[stage]]
+name = "language model"
+objective = "language_model"
+steps = 2
+batch = 4
+learning_rate = 1e-3
+warmup = 1
+decay = 1
+[[stage]]
+name = "concepts"
+objective = "epsilon"
+steps = 2
+batch = 4
+learning_rate = 1e-3
+warmup = 1
+decay = 1
+scenes = 8
+area = 64
+shortest = 64
+longest = 64
+square_share = 1.0
+train_steps = 1000
+beta_end = 0.012
+[[stage]]
+name = "quality"
+objective = "epsilon"
+steps = 3
+batch = 2
+learning_rate = 1e-3
+warmup = 1
+decay = 1
+scenes = 12
+captions = 2
+area = 128
+shortest = 64
+longest = 192
+square_share = 0.5
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The recipe's file and what a run of it left; nobody is monitored, for drawing takes longer than all the rest."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "miniature.toml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_monitor", lambda self: None)
+        train_command(folder / "miniature.toml", folder / "out", stages=["autoencoder", "language model"])
+        train_command(folder / "miniature.toml", folder / "out")
+    return folder
+
+
+def test_the_result_is_a_pipeline(folder):
+    pipeline = KolorsPipeline.from_pretrained(folder / "out" / PIPELINE)
+    images = pipeline("红色圆形", height=64, width=64, num_inference_steps=2, guidance_scale=2.0).images
+    assert images[0].size == (64, 64)
+    assert pipeline.vae.config.scaling_factor != 0.18215  # measured
+    assert pipeline.scheduler.config.num_train_timesteps == 1100
+    assert pipeline.text_encoder.output_layer is None
+
+
+def test_export_is_the_same_in_half_precision(folder, tmp_path):
+    export(folder / "out", tmp_path / "assets")
+    full = KolorsUNet.from_pretrained(folder / "out" / PIPELINE, subfolder="unet")
+    half = KolorsUNet.from_pretrained(tmp_path / "assets", subfolder="unet", torch_dtype=torch.float16)
+    for a, b in zip(full.parameters(), half.parameters(), strict=True):
+        assert torch.equal(a.half(), b)
+    KolorsPipeline.from_pretrained(tmp_path / "assets")
+    index = json.loads((tmp_path / "assets" / "model_index.json").read_text())
+    assert {"vae", "text_encoder", "tokenizer", "unet", "scheduler"} < set(index)
+
+
+def test_a_finished_run_is_left_alone(folder):
+    weights = folder / "out" / PIPELINE / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    run(folder / "miniature.toml", folder / "out")
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_unknown_stages_are_refused(folder):
+    with pytest.raises(ValueError, match="stages: expected some of .*, got 'beauty'"):
+        run(folder / "miniature.toml", folder / "out", stages=["beauty"])
+
+
+def test_pool(folder, tmp_path):
+    recipe = load_recipe(folder / "miniature.toml")
+    session = Session(recipe, folder / "out", World())
+    stage = replace(recipe.stages[3], scenes=30)
+    vae = KolorsPipeline.from_pretrained(folder / "out" / PIPELINE).vae
+    pool = build_pool(vae, session.tokenizer, stage, Streams(0, "q"), 30, tmp_path / "pool.safetensors")
+    assert sum(len(bucket.latents) for bucket in pool.buckets) == 30
+    for bucket in pool.buckets:
+        height, width = bucket.size
+        assert bucket.latents.shape[1:] == (4, height // 8, width // 8)
+        assert bucket.captions.shape[1:] == (2, 64)
+    seen = {}
+    for step in range(14):
+        bucket, items = pool.batch(step, 2)
+        seen.setdefault(bucket.size, []).extend(items.tolist())
+    again = build_pool(vae, session.tokenizer, stage, Streams(0, "q"), 30, tmp_path / "pool.safetensors")
+    bucket, items = again.batch(13, 2)
+    assert (bucket.size, items.tolist()) == ((pool.batch(13, 2)[0].size), pool.batch(13, 2)[1].tolist())
+
+
+def test_captions_are_padded_as_the_tokenizer_does(folder):
+    recipe = load_recipe(folder / "miniature.toml")
+    session = Session(recipe, folder / "out", World())
+    texts = ["a red circle", "", "左边是红色圆形，右边是蓝色方块"]
+    stored = torch.full((3, 64), ABSENT, dtype=torch.int16)
+    for row, text in zip(stored, texts, strict=True):
+        ids = session.tokenizer.encode(text)
+        row[: len(ids)] = torch.tensor(ids)
+    ids, mask = pad_left(stored, session.tokenizer.pad_token_id)
+    expected = session.tokenizer(texts, padding="max_length", max_length=256)
+    assert torch.equal(ids, expected["input_ids"])
+    assert torch.equal(mask, expected["attention_mask"])
+
+
+def test_validation_never_sees_the_evaluation_prompts():
+    from kolors_fast.data.shapes import held_out_prompts
+
+    tested = {one.prompt for one in held_out_prompts(200)}
+    prompts = validation_prompts()
+    assert len(prompts) >= 38 and not tested & {one.prompt for one in prompts}
+    assert {one.category for one in prompts} == {one.category for one in held_out_prompts(200)}
