@@ -150,22 +150,33 @@ def _compare(pipeline: Any, options: argparse.Namespace, prompts: list[str], see
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    import json
+
+    from .data.shapes import held_out_prompts
+    from .data.shapes.captions import LANGUAGES
+    from .data.shapes.split import CATEGORIES
     from .evaluation.shapes import evaluate
 
-    if options.prompts < 1:
-        raise ValueError(f"--prompts: expected at least 1, got {options.prompts}")
+    for name in ("prompts", "batch"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if options.output is not None:
         _check_folder(options.output)
     pipeline = _load(options)
     pipeline.set_progress_bar_config(disable=True)
 
-    def generate(prompts: list[str], first_seed: int) -> list[Any]:
-        return _draw(pipeline, options, prompts, [first_seed + i for i in range(len(prompts))])
+    def generate(prompts: list[str], batch: int) -> list[Any]:
+        return _draw(pipeline, options, prompts, [options.batch * batch + i for i in range(len(prompts))])
 
-    report = evaluate(generate, n=options.prompts, seed=options.seed, batch=options.batch)
-    print(report.table())
+    asked = held_out_prompts(options.prompts, options.seed)
+    report = evaluate(generate, asked, batch_size=options.batch, seed=options.seed, progress=True)
+    print(report)
     if options.output is not None:
-        _write(options.output, report.to_json())
+        groups = {"all": (None, None)} | {c: (c, None) for c in CATEGORIES} | {g: (None, g) for g in LANGUAGES}
+        counts = {name: report.count(*group) for name, group in groups.items()}
+        table = {name: {"correct": right, "prompts": of} for name, (right, of) in counts.items()}
+        wrong = [{"prompt": one.asked.prompt, "reasons": one.verdict.reasons} for one in report.wrong]
+        _write(options.output, json.dumps({**table, "wrong": wrong}, ensure_ascii=False, indent=1) + "\n")
 
 
 def _train(options: argparse.Namespace) -> None:
