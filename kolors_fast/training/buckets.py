@@ -43,9 +43,9 @@ def epoch_batches(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """One epoch: (bucket, item ids [batch]) per step, each item at most once.
 
-    members: the item ids of each bucket. A bucket is drawn with probability proportional to its items left. Items that
-    do not fill a batch wait for another epoch's shuffle; the original serves them cropped to the square, which cannot be
-    done to latents made beforehand.
+    members: the item ids of each bucket. A bucket is drawn with probability proportional to its items left. Items
+    that do not fill a batch wait for another epoch's shuffle; the original serves them cropped to the square, which
+    cannot be done to latents made beforehand.
     """
     left = [rng.permutation(ids)[: len(ids) // batch * batch] for ids in members]
     for _ in range(sum(map(len, left)) // batch):

@@ -162,9 +162,7 @@ def _parse(kind: type[T], table: dict[str, Any], where: str) -> T:
     if unknown:
         raise RecipeError(f"{where}: unknown key '{unknown[0]}'; expected some of {sorted(fields)}")
     required = [
-        f.name
-        for f in fields.values()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        f.name for f in fields.values() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     missing = [name for name in required if name not in table]
     if missing:

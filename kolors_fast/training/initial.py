@@ -23,20 +23,19 @@ def zero_residual_branches(unet: KolorsUNet) -> None:
 def scale_residual_stream(model: ChatGLM, factor: float) -> None:
     """Multiply all hidden states of a language model by `factor` and leave its predictions as they are.
 
-    Every reader of the stream is behind an RMSNorm, which does not see the scale once its eps has it too; so only what
-    writes to the stream is multiplied. Training lets the states grow to a size that the UNet's projections would have to
-    undo.
+    Every reader of the stream is behind an RMSNorm, which does not see the scale once its eps has it too; so only
+    what writes to the stream is multiplied. Training lets the states grow to a size that the UNet's projections would
+    have to undo.
     """
     model.register_config(layernorm_epsilon=model.config.layernorm_epsilon * factor**2)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.eps *= factor**2
-    model.embedding.word_embeddings.weight.mul_(factor)
-    for layer in model.encoder.layers:
-        for writer in (layer.self_attention.dense, layer.mlp.dense_4h_to_h):
-            writer.weight.mul_(factor)
-            if writer.bias is not None:
-                writer.bias.mul_(factor)
+    writers = ("word_embeddings", "dense", "dense_4h_to_h")
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in writers:
+            for parameter in module.parameters():
+                parameter.mul_(factor)
 
 
 def drop_head(model: ChatGLM) -> None:

@@ -35,8 +35,8 @@ def judge_reconstructions(vae: AutoencoderKL, path: Path, count: int = 48, side:
     scenes = [sample_training(rng)[0] for _ in range(count)]
     pictures = np.stack([render(scene, side, side) for scene in scenes])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    means = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(16)])
-    decoded = np.concatenate([to_pictures(vae.decode(part).sample) for part in means.split(16)])
+    means = torch.cat([vae.encode(part)[0].mode() for part in pixels.split(16)])
+    decoded = np.concatenate([to_pictures(vae.decode(part)[0]) for part in means.split(16)])
     right = [judge(picture, facts(scene)).correct for picture, scene in zip(decoded, scenes, strict=True)]
     write_grid(np.concatenate([pictures[:8], decoded[:8]]), path)
     return {
@@ -76,7 +76,7 @@ def judge_prompts(
     for start in range(0, len(prompts), 20):
         texts = [one.prompt for one in prompts[start : start + 20]]
         latents = sample(unet, text_encoder, tokenizer, scheduler, texts, size, steps, guidance, generator)
-        drawn.append(to_pictures(vae.decode(latents / vae.config.scaling_factor).sample))
+        drawn.append(to_pictures(vae.decode(latents / vae.config.scaling_factor)[0]))
     pictures = np.concatenate(drawn)
     verdicts = [judge(picture, one.request) for picture, one in zip(pictures, prompts, strict=True)]
     write_grid(pictures, path)
@@ -109,14 +109,15 @@ def sample(
     latents = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         noisy = scheduler.scale_model_input(latents, timestep)
-        negative, positive = unet(
+        output = unet(
             torch.cat([noisy, noisy]),
             timestep,
             embeds,
             added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
             encoder_key_bias=key_bias,
             return_dict=False,
-        )[0].float().chunk(2)
+        )
+        negative, positive = output[0].float().chunk(2)
         latents = scheduler.step(negative + guidance * (positive - negative), timestep, latents)[0]
     return latents
 

@@ -28,7 +28,10 @@ _VALIDATION = 2**31 - 1  # a batch that no step trains on
 class Objective(Protocol):
     """A loss that depends on nothing but the weights and the step's number."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
+        ...
 
     def loss(self, step: int) -> Tensor:
         """The step's loss of this process, a scalar with a gradient."""
@@ -63,10 +66,10 @@ class AutoencoderObjective:
 
     def loss(self, step: int) -> Tensor:
         pictures = self.pictures(step)
-        posterior = self.module.encode(pictures).latent_dist
-        decoded = self.module.decode(posterior.sample(self.streams.torch(step))).sample
-        error = decoded.float() - pictures
-        return error.abs().mean() + 2 * error.square().mean() + self.stage.kl_weight * posterior.kl().sum() / posterior.mean.numel()
+        posterior = self.module.encode(pictures)[0]
+        error = self.module.decode(posterior.sample(self.streams.torch(step)))[0].float() - pictures
+        divergence = posterior.kl().sum() / posterior.mean.numel()
+        return error.abs().mean() + 2 * error.square().mean() + self.stage.kl_weight * divergence
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         assert isinstance(averaged, AutoencoderKL)
@@ -161,13 +164,12 @@ class EpsilonObjective:
         ids, mask = pad_left(chosen)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(len(self.alpha_bar), (len(items),), generator=generator)
-        predicted = self.predict(add_noise(latents, noise, self.alpha_bar[timesteps]), timesteps, ids, mask, height, width)
+        noisy = add_noise(latents, noise, self.alpha_bar[timesteps])
+        predicted = self.predict(noisy, timesteps, ids, mask, height, width)
         error = (predicted.float() - noise).square().mean((1, 2, 3))  # [B]
         return (error * snr_weights(self.alpha_bar[timesteps], self.stage.snr_gamma)).mean()
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, ids: Tensor, mask: Tensor, height: int, width: int
-    ) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, mask: Tensor, height: int, width: int) -> Tensor:
         """The UNet's prediction for latents of whole pictures of height x width pixels."""
         with torch.no_grad():
             embeds, key_bias, pooled = self.text_encoder.text_features_collapsed(ids, mask)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
-from kolors_fast.models.checkpoint import write_file
+from kolors_fast.models.checkpoint import PretrainedModel, write_file
 from kolors_fast.models.unet import KolorsUNet
 from kolors_fast.schedulers import EulerDiscreteScheduler
 
@@ -36,9 +36,7 @@ def train_command(
     return run(recipe, output, stages=stages, threads=threads)
 
 
-def run(
-    recipe: str | Path, output: str | Path, *, stages: list[str] | None = None, threads: int | None = None
-) -> Path:
+def run(recipe: str | Path, output: str | Path, *, stages: list[str] | None = None, threads: int | None = None) -> Path:
     """Train the stages of a recipe in order and write the pipeline folder.
 
     Started again on the same output it resumes: finished stages are taken as they are. Under torchrun the processes
@@ -47,7 +45,7 @@ def run(
     Args:
         recipe: a TOML file, or the name of a bundled recipe.
         output: folder for checkpoints, logs and samples; the pipeline goes to `<output>/pipeline`.
-        stages: names of the stages to run; None runs all. Stages left out must be finished where a later one needs them.
+        stages: names of the stages to run; None runs all. One left out must be finished where a later one needs it.
         threads: CPU threads of each process; None leaves torch's own choice.
 
     Returns:
@@ -89,12 +87,13 @@ class Session:
         objective = self._objective(stage, folder)
         module = Trainer(stage, objective, folder, self.world).run()
         if self.world.is_main:
-            if isinstance(module, AutoencoderKL):
-                self._measure_scale(module, stage)
-            elif isinstance(objective, LanguageModelObjective):
+            if isinstance(module, AutoencoderKL) and isinstance(objective, AutoencoderObjective):
+                self._measure_scale(module, objective.stage)
+            elif isinstance(module, ChatGLM) and isinstance(objective, LanguageModelObjective):
                 scale_residual_stream(module, 1 / objective.rms_of_states(module))
                 drop_head(module)
-            module.float().save_pretrained(self.folder / self._subfolder(stage))
+            assert isinstance(module, PretrainedModel)
+            module.save_pretrained(self.folder / self._subfolder(stage))
             write_file(done, json.dumps({"steps": stage.steps}).encode())
         self.world.wait()
 
@@ -129,7 +128,7 @@ class Session:
     def _measure_scale(self, vae: AutoencoderKL, stage: AutoencoderStage) -> None:
         """Set the config's scaling_factor, so that scaled latents have unit variance."""
         objective = AutoencoderObjective(vae, stage, Streams(self.recipe.seed, f"{stage.name} scale"))
-        values = [vae.encode(objective.pictures(i)).latent_dist.mode().flatten() for i in range(16)]
+        values = [vae.encode(objective.pictures(i))[0].mode().flatten() for i in range(16)]
         vae.register_config(scaling_factor=round(1 / float(torch.cat(values).std()), 5))
 
     def _subfolder(self, stage: Stage) -> str:

@@ -27,8 +27,8 @@ LOG = "log.jsonl"
 class Trainer:
     """Trains an objective's module for the steps of a stage, resuming from the stage's folder.
 
-    The folder receives `state.pt` (weights, average, optimizer, step), `log.jsonl` and sample pictures. On one process a
-    run that was killed and resumed has the weights, bit for bit, of a run that was not.
+    The folder receives `state.pt` (weights, average, optimizer, step), `log.jsonl` and sample pictures. On one process
+    a run that was killed and resumed has the weights, bit for bit, of a run that was not.
     """
 
     def __init__(self, stage: Stage, objective: Objective, folder: Path, world: World | None = None) -> None:
@@ -142,8 +142,8 @@ class Trainer:
 def computing_in(precision: str) -> Iterator[None]:
     """bf16: autocast of matrix products and convolutions.
 
-    Attention then runs as plain products: the backward of the fused CPU attention takes five times as long in bf16 as in
-    fp32 (94 against 18 ms of a 290 ms step, torch 2.13), products take 29 ms.
+    Attention then runs as plain products: the backward of the fused CPU attention takes five times as long in bf16 as
+    in fp32 (94 against 18 ms of a 290 ms step, torch 2.13), products take 29 ms.
     """
     if precision == "fp32":
         yield

@@ -73,7 +73,7 @@ def test_missing_parts(table):
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(RecipeError, match="no such file, and the bundled recipes are: .*kolors-tiny"):
+    with pytest.raises(RecipeError, match=r"no such file, and the bundled recipes are: .*kolors-tiny"):
         load_recipe("kolors-enormous")
     (tmp_path / "broken.toml").write_text("steps = = 3")
     with pytest.raises(RecipeError, match="not valid TOML"):

@@ -148,7 +148,7 @@ def test_a_finished_run_is_left_alone(folder):
 
 
 def test_unknown_stages_are_refused(folder):
-    with pytest.raises(ValueError, match="stages: expected some of .*, got 'beauty'"):
+    with pytest.raises(ValueError, match=r"stages: expected some of .*, got 'beauty'"):
         run(folder / "miniature.toml", folder / "out", stages=["beauty"])
 
 

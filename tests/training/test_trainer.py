@@ -149,7 +149,7 @@ def test_broken_state_is_named(tmp_path):
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(TrainingStateError, match=r"state\.pt is not a readable training checkpoint"):
         read_state(path)
-    with pytest.raises(TrainingStateError, match="state.pt"):
+    with pytest.raises(TrainingStateError, match=r"state\.pt"):
         trainer(tmp_path).run()
     write_state(path, {"step": 3})
     with pytest.raises(TrainingStateError, match="does not fit stage 'autoencoder'"):
