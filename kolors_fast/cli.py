@@ -77,15 +77,13 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _load(options: argparse.Namespace) -> Any:
     import torch
 
-    from .assets import BUNDLED, bundled
     from .ops import use_backend
     from .pipelines.kolors import KolorsPipeline
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
     use_backend(options.backend)
-    model = bundled(options.model) if options.model in BUNDLED else options.model
-    return KolorsPipeline.from_pretrained(model, torch_dtype=dtype, variant=options.variant).to(device)
+    return KolorsPipeline.from_pretrained(options.model, torch_dtype=dtype, variant=options.variant).to(device)
 
 
 def _draw(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds: list[int]) -> list[Any]:
