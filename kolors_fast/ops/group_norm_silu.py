@@ -238,13 +238,14 @@ def _extension_forward(
     y = _layout.empty((n, c + c_skip, *x.shape[2:]), last, x)
     mean = x.new_empty((n, num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    scratch = _workspace(module, x, n, c + c_skip, hw, num_groups, last, backward=False)
     p = _library.pointer
-    module.group_norm_silu_forward(
-        p(x), p(skip), p(weight), p(bias), p(channel_add), p(y), p(mean), p(rstd), p(scratch),
-        n, c, c_skip, hw, num_groups, eps, silu, last,
-        _library.DTYPE_CODE[x.dtype], _library.DTYPE_CODE[weight.dtype], _library.stream(x),
-    )  # fmt: skip
+    with _library.on_device(x):
+        scratch = _workspace(module, x, n, c + c_skip, hw, num_groups, last, backward=False)
+        module.group_norm_silu_forward(
+            p(x), p(skip), p(weight), p(bias), p(channel_add), p(y), p(mean), p(rstd), p(scratch),
+            n, c, c_skip, hw, num_groups, eps, silu, last,
+            _library.DTYPE_CODE[x.dtype], _library.DTYPE_CODE[weight.dtype], _library.stream(x),
+        )  # fmt: skip
     return y, mean, rstd
 
 
@@ -269,14 +270,15 @@ def _extension_backward(
     grad_weight = mean.new_empty(c + c_skip) if needs[2] else None
     grad_bias = mean.new_empty(c + c_skip) if needs[3] else None
     grad_add = mean.new_empty((n, c + c_skip)) if channel_add is not None and needs[4] else None
-    scratch = _workspace(module, x, n, c + c_skip, hw, num_groups, last, backward=True)
     p = _library.pointer
-    module.group_norm_silu_backward(
-        p(grad_y), p(x), p(skip), p(weight), p(bias), p(channel_add), p(mean), p(rstd),
-        p(grad_x), p(grad_skip), p(grad_weight), p(grad_bias), p(grad_add), p(scratch),
-        n, c, c_skip, hw, num_groups, silu, last,
-        _library.DTYPE_CODE[x.dtype], _library.DTYPE_CODE[weight.dtype], _library.stream(x),
-    )  # fmt: skip
+    with _library.on_device(x):
+        scratch = _workspace(module, x, n, c + c_skip, hw, num_groups, last, backward=True)
+        module.group_norm_silu_backward(
+            p(grad_y), p(x), p(skip), p(weight), p(bias), p(channel_add), p(mean), p(rstd),
+            p(grad_x), p(grad_skip), p(grad_weight), p(grad_bias), p(grad_add), p(scratch),
+            n, c, c_skip, hw, num_groups, silu, last,
+            _library.DTYPE_CODE[x.dtype], _library.DTYPE_CODE[weight.dtype], _library.stream(x),
+        )  # fmt: skip
     return grad_x, grad_skip, grad_weight, grad_bias, grad_add
 
 

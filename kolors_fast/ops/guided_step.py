@@ -218,10 +218,11 @@ def _extension_step(
     after = torch.empty_like(sample)
     denoised = torch.empty_like(sample) if return_denoised else None
     p = _library.pointer
-    module.guided_step(
-        p(sample), p(predictions), p(weights), p(coefficients), p(row), p(previous), p(noise), p(after),
-        p(denoised), sample.numel(), weights.shape[0], _library.DTYPE_CODE[sample.dtype], _library.stream(sample),
-    )  # fmt: skip
+    with _library.on_device(sample):
+        module.guided_step(
+            p(sample), p(predictions), p(weights), p(coefficients), p(row), p(previous), p(noise), p(after),
+            p(denoised), sample.numel(), weights.shape[0], _library.DTYPE_CODE[sample.dtype], _library.stream(sample),
+        )  # fmt: skip
     return after, denoised
 
 
