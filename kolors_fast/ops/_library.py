@@ -8,7 +8,6 @@ eager calls go to the launcher directly. A generated test holds that both routes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,11 +47,6 @@ def pointer(tensor: Tensor | None) -> int:
 
 def stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-
-
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Make x's GPU the current one for a launch; nothing on a CPU."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 # dtype codes of csrc/

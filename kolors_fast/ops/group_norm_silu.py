@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kolors_fast.kernels.device import guard
+
 from . import _backends, _layout, _library
 from ._group_norm_silu_cases import CASES
 from ._spec import Inputs, OpSpec
@@ -239,7 +241,7 @@ def _extension_forward(
     mean = x.new_empty((n, num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     p = _library.pointer
-    with _library.on_device(x):
+    with guard(x):
         scratch = _workspace(module, x, n, c + c_skip, hw, num_groups, last, backward=False)
         module.group_norm_silu_forward(
             p(x), p(skip), p(weight), p(bias), p(channel_add), p(y), p(mean), p(rstd), p(scratch),
@@ -271,7 +273,7 @@ def _extension_backward(
     grad_bias = mean.new_empty(c + c_skip) if needs[3] else None
     grad_add = mean.new_empty((n, c + c_skip)) if channel_add is not None and needs[4] else None
     p = _library.pointer
-    with _library.on_device(x):
+    with guard(x):
         scratch = _workspace(module, x, n, c + c_skip, hw, num_groups, last, backward=True)
         module.group_norm_silu_backward(
             p(grad_y), p(x), p(skip), p(weight), p(bias), p(channel_add), p(mean), p(rstd),

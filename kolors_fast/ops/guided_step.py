@@ -7,6 +7,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from kolors_fast.kernels.device import guard
+
 from . import _backends, _layout, _library
 from ._spec import Case, Inputs, OpSpec
 
@@ -218,7 +220,7 @@ def _extension_step(
     after = torch.empty_like(sample)
     denoised = torch.empty_like(sample) if return_denoised else None
     p = _library.pointer
-    with _library.on_device(sample):
+    with guard(sample):
         module.guided_step(
             p(sample), p(predictions), p(weights), p(coefficients), p(row), p(previous), p(noise), p(after),
             p(denoised), sample.numel(), weights.shape[0], _library.DTYPE_CODE[sample.dtype], _library.stream(sample),
