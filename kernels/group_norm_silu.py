@@ -22,88 +22,13 @@ Symbols: N samples, S pixels, C channels, D channels per group, G groups, K chun
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device import guard, multiprocessors
-
-# bytes of a tile: two 16-byte loads in flight per thread. The backward pass reads two tensors, so it takes half of
-# each; twice as much would fill the registers of a multiprocessor with one program
-FORWARD_TILE, BACKWARD_TILE = 8192, 4096
-NUM_WARPS = 8
-PROGRAMS_PER_MULTIPROCESSOR = 4  # about as many as are resident at once
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a GroupNorm is cut into programs. Only `tiles` and `chunks` follow the resolution of the picture,
-    and those are run-time arguments: a new resolution compiles nothing."""
-
-    block_p: int  # pixels of a tile
-    block_c: int  # channels of a tile
-    tiles: int  # of a chunk, which is what one program does
-    chunks: int  # K
-    blocks: int  # B
-    slots: int  # power of two, at least the number of groups that meet in one block
-    parts: int  # at most so many blocks share one group
-    vector: int  # elements that one 16-byte access may hold; 1 where an access could be misaligned
-    num_warps: int
-
-    def programs(self, samples: int) -> int:
-        return samples * self.chunks * self.blocks
-
-
-@cache
-def configure(
-    samples: int, x_channels: int, skip_channels: int, size: int, num_groups: int,
-    itemsize: int, channels_last: bool, aligned: bool, multiprocessors: int, tile: int,
-) -> Config:  # fmt: skip
-    """Config for [samples, x_channels + skip_channels, size pixels] on a GPU of so many multiprocessors, for the pass
-    whose tiles have `tile` bytes; aligned: whether every tensor starts at a multiple of 16 bytes."""
-    inner = (x_channels, skip_channels) if channels_last else (size,)
-    vector = 16 // itemsize if aligned and all(length * itemsize % 16 == 0 for length in inner) else 1
-    # 64 channels are whole 128-byte lines in 16 bit, and divide every width of Kolors and of its autoencoder; NCHW
-    # takes runs of 64 to 256 pixels, whatever the resolution
-    block_c = min(64, triton.next_power_of_2(max(x_channels, skip_channels))) if channels_last else 16
-    # elements that are loaded one by one need registers for an address each
-    block_p = tile // (itemsize if vector > 1 else 4) // block_c
-
-    spans = _block_spans(x_channels, skip_channels, block_c)
-    group_size = (x_channels + skip_channels) // num_groups
-    met = [(begin // group_size, (end - 1) // group_size) for begin, end in spans]
-    shares = [0] * num_groups
-    for first, last in met:
-        for group in range(first, last + 1):
-            shares[group] += 1
-
-    all_tiles = -(-size // block_p)
-    wanted = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
-    tiles = max(1, all_tiles * samples * len(spans) // wanted)
-    return Config(
-        block_p=block_p,
-        block_c=block_c,
-        tiles=tiles,
-        chunks=-(-all_tiles // tiles),
-        blocks=len(spans),
-        slots=triton.next_power_of_2(max(last - first + 1 for first, last in met)),
-        parts=max(shares),
-        vector=vector,
-        num_warps=NUM_WARPS,
-    )
-
-
-def _block_spans(x_channels: int, skip_channels: int, block_c: int) -> list[tuple[int, int]]:
-    """Channels [begin, end) of every block: first those of x, then those of skip."""
-    seam, end = x_channels, x_channels + skip_channels
-    return [(c, min(c + block_c, seam)) for c in range(0, seam, block_c)] + [
-        (c, min(c + block_c, end)) for c in range(seam, end, block_c)
-    ]
-
+from .group_norm_silu_config import BACKWARD_TILE, FORWARD_TILE, Config, configure
 
 # every integer is a plain run-time argument: neither a 1 nor a multiple of 16 makes another variant.
 # What the compiler may rely on is said by VECTOR, and by the alignment of the pointers
@@ -134,7 +59,7 @@ def _program(
 
 @triton.jit
 def _span(block, x_channels, skip_channels, BLOCK_C: tl.constexpr):
-    """Channels [begin, end) of a block, or of a tensor of blocks. Mirrors _block_spans."""
+    """Channels [begin, end) of a block, or of a tensor of blocks. Mirrors block_spans."""
     in_skip = block >= tl.cdiv(x_channels, BLOCK_C)
     begin = tl.where(in_skip, x_channels + (block - tl.cdiv(x_channels, BLOCK_C)) * BLOCK_C, block * BLOCK_C)
     return begin, tl.minimum(begin + BLOCK_C, x_channels + tl.where(in_skip, skip_channels, 0))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
-pytest.importorskip("triton")
-from kolors_fast.kernels.group_norm_silu import BACKWARD_TILE, FORWARD_TILE, Config, configure
+from kolors_fast.kernels.group_norm_silu_config import BACKWARD_TILE, FORWARD_TILE, Config, configure
 
 GROUPS = 32
 MULTIPROCESSORS = (108, 132, 148)  # A100, H100, B200
