@@ -8,6 +8,27 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+def _round_as_gpus_do() -> None:
+    """Triton's interpreter cuts fp32 to bf16 where GPUs, and compiled kernels, round to nearest even."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(value: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            exact = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32)).bfloat16()
+            return exact.view(torch.int16).numpy().view(np.uint16)
+        return convert(value, source, target, mode)
+
+    interpreter._convert_float = rounded
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _round_as_gpus_do()
+
 # one worker a core already: more threads than cores only wait for each other
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -17,13 +17,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FUSED = ("cpu", "triton", "cuda")
 
 
-def _backends_here() -> list[Any]:
-    """Backends that exist on this machine; the others as skips that carry the reason."""
-    marked: list[Any] = ["reference"]
-    for name in FUSED:
-        reason = _backends.unavailable(name)
-        marked.append(pytest.param(name, marks=pytest.mark.skip(reason=reason)) if reason else name)
-    return marked
+def _backends_here() -> list[str]:
+    """Backends that exist on this machine; `test_backend_is_tested` skips with the reason for each other one."""
+    return ["reference", *(name for name in FUSED if _backends.unavailable(name) is None)]
 
 
 def _small() -> list[Any]:
@@ -48,6 +44,12 @@ def _double(inputs: Inputs) -> Inputs:
         k: v.detach().cpu().double() if isinstance(v, Tensor) and v.is_floating_point() else v
         for k, v in inputs.items()
     }
+
+
+def _eagers(inputs: Inputs) -> Inputs:
+    """In NCHW: on a CPU eager group_norm of channels_last tensors cancels at a large mean (relative error 0.3 at 1000),
+    and a multiple of that would allow anything."""
+    return {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def _flat(outputs: Any) -> list[Tensor]:
@@ -83,6 +85,13 @@ def _rms(error: Tensor) -> float:
     return error.square().mean().sqrt().item()
 
 
+@pytest.mark.parametrize("backend", [*FUSED])
+def test_backend_is_tested(backend: str) -> None:
+    if reason := _backends.unavailable(backend):
+        pytest.skip(reason)
+    assert backend in _backends_here()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", _backends_here())
 @pytest.mark.parametrize(("spec", "case"), _small())
@@ -90,7 +99,7 @@ def test_forward_against_float64(spec: OpSpec, case: Case, backend: str, dtype: 
     inputs = _build(case, dtype, _device(backend))
     with use_backend(backend):
         ours = _flat(spec.function(**inputs))
-    truth, eager = _flat(spec.reference(**_double(inputs))), _flat(spec.eager(**inputs))
+    truth, eager = _flat(spec.reference(**_double(inputs))), _flat(spec.eager(**_eagers(inputs)))
     for i, (o, e, t) in enumerate(zip(ours, eager, truth, strict=True)):
         assert o.dtype == dtype
         assert_close_to_truth(spec, f"output {i}", o, e, t)
@@ -113,7 +122,7 @@ def test_backward_against_float64(spec: OpSpec, case: Case, backend: str, dtype:
     with use_backend(backend):
         ours, names = gradients(spec.function, inputs)
     truth, _ = gradients(spec.reference, _double(inputs))
-    eager, _ = gradients(spec.eager, inputs)
+    eager, _ = gradients(spec.eager, _eagers(inputs))
     for name, o, e, t in zip(names, ours, eager, truth, strict=True):
         assert o.dtype == inputs[name].dtype
         assert_close_to_truth(spec, f"gradient of {name}", o, e, t, spec.tolerance.gradient_floor)
