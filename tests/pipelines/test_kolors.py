@@ -202,6 +202,9 @@ def test_collapsed_text_is_what_the_unet_gets(ours: Any) -> None:
     widths.clear()
     draw(ours, PROMPTS[0], callback_on_step_end=lambda *_: {}, callback_on_step_end_tensor_inputs=["prompt_embeds"])
     assert set(widths) == {256}
+    widths.clear()
+    draw(ours.to(torch.bfloat16), PROMPTS[0])  # bfloat16 would round ln(256 - n) by up to 0.4 %
+    assert set(widths) == {256}
 
 
 def test_equal_prompts_are_read_once(ours: Any) -> None:

@@ -43,6 +43,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"latents": torch.zeros(1, 4, 16, 12).half()},
         "latents: expected the dtype of the unet, torch.float32, got torch.f",
     ),
+    ({"cross_attention_kwargs": {"ip_adapter_masks": 1}}, "cross_attention_kwargs: expected no key but 'scale', got"),
     ({"prompt_embeds": EMBEDS}, "prompt_embeds: expected None together with prompt, got a tensor"),
     ({"negative_prompt": "a", "negative_prompt_embeds": EMBEDS}, "negative_prompt_embeds: expected None together with"),
     ({"prompt": None, "prompt_embeds": EMBEDS}, "pooled_prompt_embeds: expected exactly when prompt_embeds is given"),
