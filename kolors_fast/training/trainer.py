@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,18 +15,17 @@ from tqdm import tqdm
 from .checkpoint import TrainingStateError, read_state, tensors, write_state
 from .config import Stage
 from .ema import EMA
+from .log import Log
 from .objectives import Objective
 from .parallel import World
 
 STATE = "state.pt"
-DONE = "done.json"
-LOG = "log.jsonl"
 
 
 class Trainer:
     """Trains an objective's module for the steps of a stage, resuming from the stage's folder.
 
-    The folder receives `state.pt` (weights, average, optimizer, step), `log.jsonl` and sample pictures. On one process
+    The folder receives `state.pt` (weights, average, optimizer, step), a log and sample pictures. On one process
     a run that was killed and resumed has the weights, bit for bit, of a run that was not.
     """
 
@@ -40,10 +38,12 @@ class Trainer:
             self._parameter_groups(), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
         )
         self.step = 0
+        self.log: Log | None = None  # of the main process, while it runs
 
     def run(self) -> nn.Module:
         """Train to the last step and return the averaged module."""
         self._resume()
+        self.log = Log(self.folder, self.step) if self.world.is_main else None
         with tqdm(
             total=self.stage.steps,
             initial=self.step,
@@ -65,6 +65,8 @@ class Trainer:
                     self.save()
                 if self.step % self.stage.monitor_every == 0 or self.step == self.stage.steps:
                     self._monitor()
+        if self.log is not None:
+            self.log.close()
         return self.ema.module
 
     def train_step(self) -> float:
@@ -132,10 +134,8 @@ class Trainer:
         self.world.wait()
 
     def _log(self, figures: dict[str, float]) -> None:
-        if self.world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / LOG).open("a") as file:
-                file.write(json.dumps({"step": self.step, **figures}) + "\n")
+        if self.log is not None:
+            self.log.write(self.step, figures)
 
 
 @contextlib.contextmanager

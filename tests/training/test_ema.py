@@ -35,4 +35,4 @@ def test_average_is_apart_from_the_module():
     assert not ema.module.weight.requires_grad
     assert not ema.module.training
     ema.update(module)
-    assert float(module.weight) == 4.0
+    assert module.weight.item() == 4.0
