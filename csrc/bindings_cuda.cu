@@ -23,21 +23,30 @@ template <typename T> T from_argument(Argument<T> value) {
     }
 }
 
-template <typename... T> void define(py::module_ &m, const char *name, cudaError_t (*launch)(T...)) {
-    m.def(name, [name, launch](Argument<T>... arguments) {
+template <typename... T, typename... Names>
+void define(py::module_ &m, const char *name, cudaError_t (*launch)(T...), Names... names) {
+    static_assert(sizeof...(T) == sizeof...(Names), "one name per argument");
+    const auto call = [name, launch](Argument<T>... arguments) {
         const cudaError_t error = launch(from_argument<T>(arguments)...);
         if (error != cudaSuccess)
             throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
-    });
+    };
+    // a full launch queue blocks: other Python threads go on meanwhile
+    m.def(name, call, py::call_guard<py::gil_scoped_release>(), py::arg(names)...);
 }
 
 } // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "CUDA kernels of kolors_fast: raw pointers in, dtype codes 0 fp32, 1 fp16, 2 bf16, stream last.";
-    define(m, "group_norm_silu_forward", &kolors_fast::group_norm_silu_forward);
-    define(m, "group_norm_silu_backward", &kolors_fast::group_norm_silu_backward);
-    define(m, "guided_step", &kolors_fast::guided_step);
+    define(m, "group_norm_silu_forward", &kolors_fast::group_norm_silu_forward, "x", "skip", "weight", "bias",
+           "channel_add", "y", "mean", "rstd", "workspace", "n", "c", "c_skip", "hw", "groups", "eps", "silu",
+           "channels_last", "dtype", "weight_dtype", "stream");
+    define(m, "group_norm_silu_backward", &kolors_fast::group_norm_silu_backward, "grad_y", "x", "skip", "weight",
+           "bias", "channel_add", "mean", "rstd", "grad_x", "grad_skip", "grad_weight", "grad_bias", "grad_channel_add",
+           "workspace", "n", "c", "c_skip", "hw", "groups", "silu", "channels_last", "dtype", "weight_dtype", "stream");
+    define(m, "guided_step", &kolors_fast::guided_step, "sample", "predictions", "weights", "coefficients", "row",
+           "previous", "noise", "out", "denoised", "numel", "num_predictions", "dtype", "stream");
     m.def("group_norm_silu_workspace", &kolors_fast::group_norm_silu_workspace, py::arg("n"), py::arg("c_total"),
           py::arg("hw"), py::arg("groups"), py::arg("channels_last"), py::arg("backward"),
           "Bytes of workspace that a call on the current device needs; its contents do not matter.");

@@ -398,7 +398,7 @@ inline bool valid_shape(const GroupNormSiluShape &s) {
 
 // blocks and the units they own are counted in 32 bits
 inline bool launchable(const GroupNormSiluShape &s, const GroupNormPlan &p) {
-    return p.blocks <= INT32_MAX && s.n * p.slices * p.chunks <= UINT32_MAX;
+    return p.blocks <= INT32_MAX && s.n * s.groups <= INT32_MAX && s.n * p.slices * p.chunks <= UINT32_MAX;
 }
 
 // Bytes of workspace for a call on the current device (on a large one where there is none).

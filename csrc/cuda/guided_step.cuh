@@ -11,7 +11,7 @@
 
 namespace kolors_fast {
 
-constexpr int kStepThreads = 256;
+constexpr int kStepThreads = 128;
 constexpr int kStepCoefficients = 6;
 
 template <typename T, int V> __global__ void __launch_bounds__(kStepThreads) guided_step_kernel(const GuidedStep a) {

@@ -11,6 +11,7 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,17 @@ def test_the_workspace_is_as_large_as_it_says(name: str, channels_last: bool, ma
             assert (work[size:] == 0xA5).all()
 
 
-def test_unwanted_gradients_stay_untouched_and_absent_affine_is_the_identity(machine: Machine) -> None:
+@pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "planes"))
+def test_one_gradient_alone_has_the_bits_of_all(channels_last: bool, machine: Machine) -> None:
+    spec = SPECS["group_norm_silu"]
+    inputs = geometry_inputs("seam_not_on_a_word", torch.float32, channels_last)
+    together = dict(zip(spec.gradients, gradients(spec, spec.function, inputs), strict=True))
+    for name in spec.gradients:
+        alone = gradients(replace(spec, gradients=(name,)), spec.function, inputs)
+        assert torch.equal(alone[0], together[name]), name
+
+
+def test_absent_weight_and_bias_are_the_identity(machine: Machine) -> None:
     x, grad = torch.randn(2, 12, 10), torch.randn(2, 12, 10)
     mean, rstd, y, grad_x = torch.empty(2, 3), torch.empty(2, 3), torch.empty(2, 12, 10), torch.empty(2, 12, 10)
     work = torch.empty(machine.group_norm_silu_workspace(2, 12, 10, 3, False, True))
@@ -334,7 +345,8 @@ def test_an_empty_batch_has_zero_parameter_gradients(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ({"groups": 5}, {"groups": 0}, {"hw": 2**31}, {"dtype": 3}, {"weight_dtype": 2}, {"c_skip": -1})
+    "change",
+    ({"groups": 5}, {"groups": 0}, {"hw": 2**31}, {"dtype": 3, "weight_dtype": 3}, {"weight_dtype": 2}, {"c_skip": -1}),
 )
 def test_a_call_that_cannot_be_raises(change: dict[str, int], machine: Machine) -> None:
     given = {"n": 1, "c": 12, "c_skip": 0, "hw": 4, "groups": 3, "dtype": 1, "weight_dtype": 1} | change
