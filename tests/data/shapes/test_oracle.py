@@ -188,6 +188,9 @@ def test_flawed_pictures_fail(paint):
             draw.rectangle((57, 34, 71, 94), fill=COLOURS["red"])
             or draw.rectangle((34, 57, 94, 71), fill=COLOURS["red"])
         ),
+        lambda draw: draw.rectangle((36, 43, 92, 85), fill=COLOURS["red"]),  # nearly a square
+        lambda draw: draw.polygon([(64, 46), (28, 78), (100, 78)], fill=COLOURS["red"]),  # a flat triangle
+        lambda draw: draw.rounded_rectangle((40, 40, 88, 88), 13, fill=COLOURS["red"]),  # square or circle
     ],
 )
 def test_other_outlines_are_unclear(draw_it):
@@ -195,6 +198,27 @@ def test_other_outlines_are_unclear(draw_it):
     draw_it(ImageDraw.Draw(image))
     (found,) = read(np.asarray(image)).objects
     assert (found.shape, found.colour) == (UNCLEAR, "red")
+
+
+@pytest.mark.parametrize("paint", [(255, 170, 200), (110, 70, 40), (60, 220, 220), (96, 96, 96)])
+def test_other_colours_are_unclear(paint):
+    (found,) = read(drawn_alone(paint)).objects
+    assert (found.shape, found.colour) == ("circle", UNCLEAR)
+    for colour in COLOURS:
+        assert not judge(drawn_alone(paint), Request((Asked("circle", colour),))).correct
+
+
+def drawn_alone(paint):
+    image = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(image).ellipse((44, 44, 84, 84), fill=paint)
+    return np.asarray(image)
+
+
+def test_a_border_of_two_colours_or_of_another_colour_is_no_background():
+    halves = np.full((128, 128, 3), 252, np.uint8)
+    halves[:, :60] = 12
+    assert read(halves).background == UNCLEAR
+    assert read(np.full((128, 128, 3), (120, 200, 220), np.uint8)).background == UNCLEAR
 
 
 @pytest.mark.parametrize("height", [64, 131])
