@@ -189,7 +189,8 @@ def test_flawed_pictures_fail(paint):
             or draw.rectangle((34, 57, 94, 71), fill=COLOURS["red"])
         ),
         lambda draw: draw.rectangle((36, 43, 92, 85), fill=COLOURS["red"]),  # nearly a square
-        lambda draw: draw.polygon([(64, 46), (28, 78), (100, 78)], fill=COLOURS["red"]),  # a flat triangle
+        lambda draw: draw.polygon([(64, 40), (28, 88), (100, 88)], fill=COLOURS["red"]),  # a flat triangle
+        lambda draw: draw.polygon([(40, 40), (88, 40), (88, 88), (64, 76), (40, 88)], fill=COLOURS["red"]),  # notched
         lambda draw: draw.rounded_rectangle((40, 40, 88, 88), 13, fill=COLOURS["red"]),  # square or circle
     ],
 )
