@@ -396,6 +396,7 @@ def test_autoencoder_precision(ours: Any, force_upcast: bool) -> None:
     image = draw(ours, PROMPTS[0], output_type="pt")
     assert dtypes == [torch.float32 if force_upcast else torch.float16]
     assert np.isfinite(image).all()
+    assert image.dtype == (np.float32 if force_upcast else np.float16)
     assert all(torch.equal(value, before[name]) for name, value in ours.vae.state_dict().items())
     ours.vae.decode = lambda *_, **__: 1 / 0
     with pytest.raises(ZeroDivisionError):

@@ -22,6 +22,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"width": 64.0}, r"width: expected a positive multiple of 8, got 64\.0"),
     ({"num_inference_steps": 0}, "num_inference_steps: expected a whole number from 1, got 0"),
     ({"num_inference_steps": 2.5}, r"num_inference_steps: expected a whole number from 1, got 2\.5"),
+    ({"num_inference_steps": True}, "num_inference_steps: expected a whole number from 1, got True"),
     ({"num_inference_steps": 1200}, "num_inference_steps: expected 1 to num_train_timesteps=1100, got 1200"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt: expected a whole number from 1, got 0"),
     ({"max_sequence_length": 257}, "max_sequence_length: expected 2 to 256, got 257"),
