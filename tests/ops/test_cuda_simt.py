@@ -231,6 +231,15 @@ def test_a_large_mean_does_not_cancel(name: str, channels_last: bool, machine: M
 
 
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "planes"))
+def test_a_huge_constant_has_no_variance(channels_last: bool, machine: Machine) -> None:
+    """2^66 is exact in every sum here, and its square is not finite in fp32."""
+    inputs = geometry_inputs("vae_128", torch.float32, channels_last) | {"channel_add": None, "activation": None}
+    inputs["x"].fill_(2.0**66)
+    y = SPECS["group_norm_silu"].function(**inputs)
+    assert torch.equal(y, inputs["bias"][:, None].expand_as(y))
+
+
+@pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "planes"))
 @pytest.mark.parametrize("name", ("kolors_960", "vae_128", "many_chunks", "one_group", "instance_norm_like"))
 def test_bits_do_not_depend_on_the_order_of_threads(name: str, channels_last: bool, machine: Machine) -> None:
     """Twice forward, then with all threads and blocks in reverse: a missing barrier or an unordered sum shows."""
