@@ -15,10 +15,11 @@ from typing import Any
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_, **__: print(f"kolors-fast: warning: {message}", file=sys.stderr)
     try:
-        result: int = options.run(options) or 0
-        return result
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"kolors-fast: warning: {message}", file=sys.stderr)
+            options.run(options)
+        return 0
     except KeyboardInterrupt:
         print("kolors-fast: interrupted", file=sys.stderr)
         return 130
