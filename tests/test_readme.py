@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def _commands() -> list[str]:
-    lines = re.findall(r"^ {4}(?:.*&& )?(kolors-fast .*)$", README, re.MULTILINE)
+    lines = re.findall(r"^(?:.*&& )?(kolors-fast .*)$", README, re.MULTILINE)
     return [line.partition("#")[0].replace("[", "").replace("]", "").replace("PROMPT...", "p") for line in lines]
 
 
