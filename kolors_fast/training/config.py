@@ -75,9 +75,9 @@ class AutoencoderStage(Stage):
 
 @dataclass(frozen=True)
 class LanguageModelStage(Stage):
-    """Next-token prediction on captions, some followed by another caption of the same scene."""
+    """Next-token prediction on captions, some followed by another one that must be told from the first's last token."""
 
-    pairs: float = 0.7  # share of captions with a second phrasing behind them, often in the other language
+    pairs: float = 0.9  # share of captions with a second phrasing behind them, often in the other language
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class EpsilonStage(Stage):
     area: int = 256  # side of the square whose area no bucket exceeds
     shortest: int = 256  # side of a bucket, in pixels
     longest: int = 256
+    divisor: int = 64  # of the sides
     square_share: float = 0.6  # of the scenes; the others have an aspect ratio between 1:2 and 2:1
     train_steps: int = 1100  # of the noise schedule
     beta_end: float = 0.014

@@ -79,8 +79,9 @@ class AutoencoderObjective:
 class LanguageModelObjective:
     """Cross-entropy of the next token over `[gMASK] sop caption eos`, or `... caption eos caption eos`.
 
-    The second caption says the same in other words. To predict it, the states of the first must carry what it says,
-    which is what the UNet will read.
+    The second caption says the same in other words, and of the first it sees the last token only. To predict it, that
+    token's states must carry all that the caption says: they are the pooled text that the UNet reads. The rest of the
+    caption is plain causal language modelling.
     """
 
     def __init__(
@@ -88,17 +89,24 @@ class LanguageModelObjective:
     ) -> None:
         self.module, self.tokenizer, self.stage, self.streams = model, tokenizer, stage, streams
 
-    def tokens(self, step: int) -> tuple[Tensor, Tensor]:
-        """ids and targets [B, S], padded on the right; targets are -100 where there is nothing to predict."""
+    def tokens(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, targets [B, S] and visible [B, 1, S, S], padded on the right.
+
+        Targets are -100 where there is nothing to predict; `visible` says which keys each query sees.
+        """
         rng = self.streams.numpy(step)
         rows = [self._row(rng) for _ in range(self.stage.batch)]
         width = max(map(len, rows)) - 1
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         targets = torch.full_like(ids, -100)
+        visible = torch.ones(len(rows), 1, width, width, dtype=torch.bool).tril()
+        prefix = len(self.tokenizer.prefix)
         for i, row in enumerate(rows):
+            end = row.index(self.tokenizer.eos_token_id)
+            visible[i, 0, end:, prefix : end - 1] = False
             ids[i, : len(row) - 1] = torch.tensor(row[:-1])
             targets[i, 1 : len(row) - 1] = torch.tensor(row[2:])  # sop after [gMASK] is not predicted
-        return ids, targets
+        return ids, targets, visible
 
     def _row(self, rng: np.random.Generator) -> list[int]:
         scene = sample_training(rng)[0]
@@ -110,17 +118,24 @@ class LanguageModelObjective:
         return row
 
     def loss(self, step: int) -> Tensor:
-        ids, targets = self.tokens(step)
-        logits = self.module.logits(ids)  # causal: pads on the right are seen by no token that counts
+        ids, targets, visible = self.tokens(step)
+        logits = self.module.logits(ids, visible=visible)  # pads on the right are seen by no token that counts
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     @torch.no_grad()
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         assert isinstance(averaged, ChatGLM)
-        ids, targets = self.tokens(_VALIDATION)
-        logits = averaged.logits(ids).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-        return {"validation loss": float(loss), "rms of states": self.rms_of_states(averaged)}
+        ids, targets, visible = self.tokens(_VALIDATION)
+        logits = averaged.logits(ids, visible=visible).float()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        losses = losses.unflatten(0, targets.shape)
+        # behind the first caption's end
+        again = ((ids == self.tokenizer.eos_token_id).cumsum(1) > 0) & (targets != -100)
+        return {
+            "validation loss": float(losses[targets != -100].mean()),
+            "loss of second captions": float(losses[again].mean()),
+            "rms of states": self.rms_of_states(averaged),
+        }
 
     @torch.no_grad()
     def rms_of_states(self, model: nn.Module, captions: int = 256) -> float:
@@ -136,8 +151,7 @@ class LanguageModelObjective:
 class EpsilonObjective:
     """mean w(t) (unet(sqrt(A_t) x + sqrt(1 - A_t) n, t, text) - n)^2 over latents x of the pool (Ho et al. 2020).
 
-    t is uniform over all training steps, A_t the schedule's alpha-bar, w = min(SNR, gamma) / SNR (min-SNR-gamma, Hang
-    et al. 2023) or 1. A share of the captions is replaced by the empty one, for classifier-free guidance.
+    t is uniform over all training steps, A_t the schedule's alpha-bar, w that of `snr_weights`. A share of the captions is replaced by the empty one, for classifier-free guidance.
     """
 
     def __init__(
@@ -208,8 +222,12 @@ def add_noise(latents: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
 
 
 def snr_weights(signal: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma) / SNR with SNR = A / (1 - A); ones where gamma is 0."""
+    """(min(SNR, gamma) + 1) / SNR, at most 50, with SNR = A / (1 - A); ones where gamma is 0.
+
+    On the noise, that is the v-loss capped at low noise (min-SNR-gamma for v). With min(SNR, gamma) / SNR, an error in
+    what is decided at high noise (background, colours, places) would cost next to nothing.
+    """
     if gamma == 0:
         return torch.ones_like(signal)
     ratio = signal / (1 - signal)
-    return ratio.clamp(max=gamma) / ratio
+    return ((ratio.clamp(max=gamma) + 1) / ratio).clamp(max=50)

@@ -71,7 +71,7 @@ def build_pool(
     vae: AutoencoderKL, tokenizer: ChatGLMTokenizer, stage: EpsilonStage, streams: Streams, count: int, cache: Path
 ) -> LatentPool:
     """A pool of `count` training scenes, read from the file `cache` where it exists, else made and written there."""
-    sizes = make_buckets(stage.area**2, stage.shortest, stage.longest)
+    sizes = make_buckets(stage.area**2, stage.shortest, stage.longest, stage.divisor)
     if not cache.exists():
         _make(vae, tokenizer, stage, streams, count, sizes, cache)
     stored = load_file(cache)

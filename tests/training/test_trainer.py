@@ -140,7 +140,7 @@ def test_language_model_targets(tmp_path):
     stage = LanguageModelStage(
         name="lm", objective="language_model", steps=1, batch=8, learning_rate=1.0, warmup=0, decay=0
     )
-    ids, targets = LanguageModelObjective(torch.nn.Module(), tokenizer, stage, Streams(0, "lm")).tokens(0)
+    ids, targets, visible = LanguageModelObjective(torch.nn.Module(), tokenizer, stage, Streams(0, "lm")).tokens(0)
     assert (ids[:, :2] == torch.tensor(tokenizer.prefix)).all()
     assert (targets[:, 0] == -100).all()
     for row, target in zip(ids.tolist(), targets.tolist(), strict=True):
@@ -148,6 +148,13 @@ def test_language_model_targets(tmp_path):
         assert wanted[-1] == tokenizer.eos_token_id
         assert row[2 : 1 + len(wanted)] == wanted[:-1]  # the next token, one place on
         assert wanted.count(tokenizer.eos_token_id) in (1, 2)
+    for row, seen in zip(ids.tolist(), visible[:, 0], strict=True):
+        if tokenizer.eos_token_id not in row:  # the longest row, of one caption
+            continue
+        end = row.index(tokenizer.eos_token_id)
+        assert torch.equal(seen[:end, :end], torch.ones(end, end, dtype=torch.bool).tril())
+        for query in range(end, len(row)):  # the prefix, the caption's last token, and what follows it
+            assert seen[query].nonzero().flatten().tolist() == [0, 1, *range(end - 1, query + 1)]
 
 
 def test_no_stream_repeats():
