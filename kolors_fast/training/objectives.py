@@ -151,7 +151,8 @@ class LanguageModelObjective:
 class EpsilonObjective:
     """mean w(t) (unet(sqrt(A_t) x + sqrt(1 - A_t) n, t, text) - n)^2 over latents x of the pool (Ho et al. 2020).
 
-    t is uniform over all training steps, A_t the schedule's alpha-bar, w that of `snr_weights`. A share of the captions is replaced by the empty one, for classifier-free guidance.
+    t is uniform over all training steps, A_t the schedule's alpha-bar, w that of `snr_weights`. A share of the captions
+    is replaced by the empty one, for classifier-free guidance.
     """
 
     def __init__(
