@@ -304,16 +304,11 @@ class ChatGLM(PretrainedModel):
         *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        visible: Tensor | None = None,
     ) -> Tensor:
-        """Next-token logits [B, S, V]; needs a model built with `add_lm_head=True`.
-
-        `visible`, bool [B, 1, S, S], says which keys each query sees, in place of `attention_mask`.
-        """
+        """Next-token logits [B, S, V]; needs a model built with `add_lm_head=True`."""
         if self.output_layer is None:
             raise ValueError("logits needs a ChatGLM with add_lm_head=True, got one without an output layer")
-        pattern = _pad_pattern(input_ids, attention_mask) if visible is None else AttentionPattern(visible)
-        state = self._run(input_ids, position_ids, pattern)[-1]
+        state = self._run(input_ids, position_ids, _pad_pattern(input_ids, attention_mask))[-1]
         return self.output_layer(self.encoder.final_layernorm(state))
 
     def text_features(

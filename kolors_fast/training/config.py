@@ -67,17 +67,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class AutoencoderStage(Stage):
-    """L1 reconstruction and a small KL term, on pictures rendered as they are needed."""
+    """Reconstruction from noisy latents, on pictures rendered as they are needed."""
 
     sizes: tuple[tuple[int, int], ...] = ((128, 128),)  # height, width; a batch has one of them
-    kl_weight: float = 2e-4
+    noise: float = 0.6  # largest standard deviation of the noise on latents
+    moment_weight: float = 0.05
+    colour_weight: float = 0.1
 
 
 @dataclass(frozen=True)
 class LanguageModelStage(Stage):
-    """Next-token prediction on captions, some followed by another one that must be told from the first's last token."""
+    """Next-token prediction on captions, whose last token's state must also tell what the caption asks for."""
 
-    pairs: float = 0.9  # share of captions with a second phrasing behind them, often in the other language
+    reading_weight: float = 0.3  # of the cross-entropies of the request's parts, which are summed
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class EpsilonStage(Stage):
     beta_end: float = 0.014
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0  # min-SNR weighting (Hang et al. 2023); 0 turns it off
+    timestep_power: float = 1.0  # above 1, high noise is drawn more often
 
 
 STAGES: dict[str, type[Stage]] = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
+from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM, RMSNorm
 from kolors_fast.models.unet import KolorsUNet
 
@@ -17,6 +20,15 @@ def zero_residual_branches(unet: KolorsUNet) -> None:
             module.weight.zero_()
             if module.bias is not None:
                 module.bias.zero_()
+
+
+@torch.no_grad()
+def fix_posterior(vae: AutoencoderKL, std: float = 0.1) -> None:
+    """Let every latent's posterior have this standard deviation; training does not use the predicted one."""
+    channels, last = vae.config.latent_channels, vae.quant_conv or vae.encoder.conv_out
+    assert last.bias is not None
+    last.weight[channels:] = 0
+    last.bias[channels:] = 2 * math.log(std)
 
 
 @torch.no_grad()

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from kolors_fast.data.shapes import caption, phrase, render, sample_training
+from kolors_fast.data.shapes import caption, render, sample_training
+from kolors_fast.data.shapes.scene import REQUEST_PARTS, request_parts
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
@@ -18,10 +20,9 @@ from kolors_fast.models.unet import KolorsUNet
 
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage
 from .monitor import encode, judge_prompts, judge_reconstructions
-from .pool import LatentPool, pad_left
+from .pool import LatentPool
 from .streams import Streams
 
-LANGUAGES = ("en", "zh")
 _VALIDATION = 2**31 - 1  # a batch that no step trains on
 
 
@@ -48,13 +49,25 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
 
 
 class AutoencoderObjective:
-    """mean |d| + 2 mean d^2 + kl_weight * KL per latent value, in nats, to the standard normal; d = decode(sample) - x.
+    """mean |d| + 2 mean d^2 + moment_weight M + colour_weight mean (z_rgb - c)^2, with d = decode(z + s n) - x.
 
+    z is the posterior's mean, n normal noise, and s is drawn from U(0, noise) for each picture: latents that bear noise
+    are easy to denoise (Yang et al. 2025, "Latent Denoising Makes Good Visual Tokenizers"). M keeps the channels
+    uncorrelated and of unit variance, without which noise would have no size. c are the mean colours of the pixels
+    behind a latent, whitened; the first three channels are drawn to them. Left alone, this autoencoder put all
+    colours on one line, green 0.3 from blue and 6 from yellow, and a UNet, whose loss is a distance between latents,
+    painted blue-green objects.
     The squares matter at first: with |d| alone the decoder long draws the background and no objects.
     """
 
     def __init__(self, vae: AutoencoderKL, stage: AutoencoderStage, streams: Streams) -> None:
         self.module, self.stage, self.streams = vae, stage, streams
+        if vae.config.latent_channels < 3:
+            raise ValueError(f"latent_channels: expected 3 or more, got {vae.config.latent_channels}")
+        self.side = 2 ** (len(vae.config.block_out_channels) - 1)  # of the pixels behind a latent
+        batches = (self.pictures(_VALIDATION - k) for k in range(32))
+        colours = torch.cat([mean_colours(pictures, self.side).flatten(0, 2) for pictures in batches])
+        self.centre, self.whitening = colours.mean(0), whitening(torch.cov(colours.T))  # [3], [3, 3]
 
     def pictures(self, step: int) -> Tensor:
         """The step's batch, all of one size; larger pictures come in smaller batches, of about equal pixels."""
@@ -65,82 +78,113 @@ class AutoencoderObjective:
         return to_tensor(np.stack([render(sample_training(rng)[0], height, width) for _ in range(count)]))
 
     def loss(self, step: int) -> Tensor:
-        pictures = self.pictures(step)
-        posterior = self.module.encode(pictures)[0]
-        error = self.module.decode(posterior.sample(self.streams.torch(step)))[0].float() - pictures
-        divergence = posterior.kl().sum() / posterior.mean.numel()
-        return error.abs().mean() + 2 * error.square().mean() + self.stage.kl_weight * divergence
+        pictures, generator = self.pictures(step), self.streams.torch(step)
+        latents = self.module.encode(pictures)[0].mean.float()  # [B, 4, h, w]
+        size = self.stage.noise * torch.rand(len(latents), 1, 1, 1, generator=generator)
+        noisy = latents + size * torch.randn(latents.shape, generator=generator)
+        error = self.module.decode(noisy)[0].float() - pictures
+        cells = latents.permute(0, 2, 3, 1)  # [B, h, w, 4]
+        colours = (mean_colours(pictures, self.side) - self.centre) @ self.whitening
+        return (
+            error.abs().mean()
+            + 2 * error.square().mean()
+            + self.stage.moment_weight * moments_from_normal(cells.flatten(0, 2))
+            + self.stage.colour_weight * (cells[..., :3] - colours).square().mean()
+        )
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         assert isinstance(averaged, AutoencoderKL)
         return judge_reconstructions(averaged, folder / f"{step:06d}.png")
 
 
-class LanguageModelObjective:
-    """Cross-entropy of the next token over `[gMASK] sop caption eos`, or `... caption eos caption eos`.
+def mean_colours(pictures: Tensor, side: int) -> Tensor:
+    """[B, 3, H, W] -> [B, H / side, W / side, 3], the means over squares."""
+    return F.avg_pool2d(pictures, side).permute(0, 2, 3, 1)
 
-    The second caption says the same in other words, and of the first it sees the last token only. To predict it, that
-    token's states must carry all that the caption says: they are the pooled text that the UNet reads. The rest of the
-    caption is plain causal language modelling.
+
+def whitening(covariance: Tensor) -> Tensor:
+    """The symmetric W with W covariance W = 1."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors @ torch.diag(values.rsqrt()) @ vectors.T
+
+
+def moments_from_normal(samples: Tensor) -> Tensor:
+    """How far the moments of samples [N, C] are from those of N(0, 1): zero where they agree.
+
+    The mean over channels of KL(N(mean, variance) to N(0, 1)), plus the mean square of covariance between channels.
+    """
+    covariance = torch.cov(samples.T)
+    variance = covariance.diagonal()
+    divergence = (variance + samples.mean(0).square() - 1 - variance.log()) / 2
+    return divergence.mean() + (covariance - variance.diag()).square().mean()
+
+
+class CaptionReader(nn.Module):
+    """A language model, with one linear layer that reads a request off the final state of a caption's last token."""
+
+    def __init__(self, model: ChatGLM) -> None:
+        super().__init__()
+        self.model = model
+        self.parts = nn.Linear(model.config.hidden_size, sum(map(len, REQUEST_PARTS)))
+        nn.init.normal_(self.parts.weight, std=0.02)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """ids [B, S], padded on the right, and lengths [B] -> next-token logits [B, S, V], [B, n] for each part."""
+        hidden = self.model(ids, output_hidden_states=False).last_hidden_state.transpose(0, 1)  # [B, S, D]
+        last = hidden[torch.arange(len(ids)), lengths - 1]
+        assert self.model.output_layer is not None
+        return self.model.output_layer(hidden), self.parts(last).split([len(part) for part in REQUEST_PARTS], dim=1)
+
+
+class LanguageModelObjective:
+    """Cross-entropy of the next token over `[gMASK] sop caption eos`, and of what the caption asks for.
+
+    A small language model has no need to sum up a caption at its end, and the UNet's pooled text is the state of the
+    last token. So a linear layer must read every part of the request (colours, shapes, places...) off that state.
     """
 
     def __init__(
         self, model: ChatGLM, tokenizer: ChatGLMTokenizer, stage: LanguageModelStage, streams: Streams
     ) -> None:
-        self.module, self.tokenizer, self.stage, self.streams = model, tokenizer, stage, streams
+        self.module = CaptionReader(model)
+        self.tokenizer, self.stage, self.streams = tokenizer, stage, streams
 
-    def tokens(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """ids, targets [B, S] and visible [B, 1, S, S], padded on the right.
-
-        Targets are -100 where there is nothing to predict; `visible` says which keys each query sees.
-        """
+    def captions(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """ids and next tokens [B, S], padded on the right with 0 and -100, lengths [B] and parts [B, P]."""
         rng = self.streams.numpy(step)
-        rows = [self._row(rng) for _ in range(self.stage.batch)]
-        width = max(map(len, rows)) - 1
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        targets = torch.full_like(ids, -100)
-        visible = torch.ones(len(rows), 1, width, width, dtype=torch.bool).tril()
-        prefix = len(self.tokenizer.prefix)
-        for i, row in enumerate(rows):
-            end = row.index(self.tokenizer.eos_token_id)
-            visible[i, 0, end:, prefix : end - 1] = False
-            ids[i, : len(row) - 1] = torch.tensor(row[:-1])
-            targets[i, 1 : len(row) - 1] = torch.tensor(row[2:])  # sop after [gMASK] is not predicted
-        return ids, targets, visible
-
-    def _row(self, rng: np.random.Generator) -> list[int]:
-        scene = sample_training(rng)[0]
-        text, request = caption(scene, rng)
-        row = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
-        if rng.random() < self.stage.pairs:
-            again = phrase(request, rng, LANGUAGES[int(rng.integers(2))])
-            row += [*self.tokenizer.encode(again)[len(self.tokenizer.prefix) :], self.tokenizer.eos_token_id]
-        return row
+        rows, parts = [], []
+        for _ in range(self.stage.batch):
+            text, request = caption(sample_training(rng)[0], rng)
+            rows.append(torch.tensor(self.tokenizer.encode(text)))
+            parts.append(torch.tensor(request_parts(request)))
+        ids = pad_sequence(rows, batch_first=True)
+        eos = torch.tensor([self.tokenizer.eos_token_id])
+        following = [torch.cat([row[1:], eos]) for row in rows]
+        targets = pad_sequence(following, batch_first=True, padding_value=-100)
+        targets[:, 0] = -100  # sop is not predicted
+        return ids, targets, torch.tensor([len(row) for row in rows]), torch.stack(parts)
 
     def loss(self, step: int) -> Tensor:
-        ids, targets, visible = self.tokens(step)
-        logits = self.module.logits(ids, visible=visible)  # pads on the right are seen by no token that counts
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+        ids, targets, lengths, parts = self.captions(step)
+        logits, of_parts = self.module(ids, lengths)
+        reading = sum(F.cross_entropy(one.float(), parts[:, k]) for k, one in enumerate(of_parts))
+        return next_token_loss(logits, targets) + self.stage.reading_weight * reading
 
     @torch.no_grad()
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        assert isinstance(averaged, ChatGLM)
-        ids, targets, visible = self.tokens(_VALIDATION)
-        logits = averaged.logits(ids, visible=visible).float()
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-        losses = losses.unflatten(0, targets.shape)
-        # behind the first caption's end
-        again = ((ids == self.tokenizer.eos_token_id).cumsum(1) > 0) & (targets != -100)
+        assert isinstance(averaged, CaptionReader)
+        ids, targets, lengths, parts = self.captions(_VALIDATION)
+        logits, of_parts = averaged(ids, lengths)
+        read = torch.stack([one.argmax(1) for one in of_parts], dim=1)
         return {
-            "validation loss": float(losses[targets != -100].mean()),
-            "loss of second captions": float(losses[again].mean()),
-            "rms of states": self.rms_of_states(averaged),
+            "validation loss": float(next_token_loss(logits, targets)),
+            "captions read right": float((read == parts).all(1).float().mean()),
+            "rms of states": self.rms_of_states(averaged.model),
         }
 
     @torch.no_grad()
-    def rms_of_states(self, model: nn.Module, captions: int = 256) -> float:
+    def rms_of_states(self, model: ChatGLM, captions: int = 256) -> float:
         """Root mean square of what the UNet will read at the tokens of captions, the prefix left out."""
-        assert isinstance(model, ChatGLM)
         rng = self.streams.numpy(_VALIDATION)
         texts = [sample_training(rng)[1] for _ in range(captions)]
         embeds, key_bias, _ = model.text_features_collapsed(*encode(self.tokenizer, texts))
@@ -148,11 +192,16 @@ class LanguageModelObjective:
         return float(embeds[:, start:][key_bias[:, start:] == 0].square().mean().sqrt())
 
 
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
 class EpsilonObjective:
     """mean w(t) (unet(sqrt(A_t) x + sqrt(1 - A_t) n, t, text) - n)^2 over latents x of the pool (Ho et al. 2020).
 
-    t is uniform over all training steps, A_t the schedule's alpha-bar, w that of `snr_weights`. A share of the captions
-    is replaced by the empty one, for classifier-free guidance.
+    t has the density p (t / T)^(p - 1) / T over the T training steps, p the stage's `timestep_power` (1: uniform). A_t
+    is the schedule's alpha-bar, w that of `snr_weights`. A share of the captions is replaced by the empty one, for
+    classifier-free guidance.
     """
 
     def __init__(
@@ -174,20 +223,22 @@ class EpsilonObjective:
         bucket, items = self.pool.batch(step, self.stage.batch)
         height, width = bucket.size
         latents = bucket.latents[items].float()  # [B, C, h, w]
-        chosen = bucket.captions[items, rng.integers(self.stage.captions, size=len(items))]  # [B, tokens]
-        chosen[torch.from_numpy(rng.random(len(items)) < self.stage.caption_dropout)] = self.pool.empty
-        ids, mask = pad_left(chosen)
+        choice = torch.from_numpy(rng.integers(self.stage.captions, size=len(items)))
+        dropped = torch.from_numpy(rng.random(len(items)) < self.stage.caption_dropout)
+        texts = bucket.texts(items, choice, dropped)
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(len(self.alpha_bar), (len(items),), generator=generator)
+        uniform = torch.rand(len(items), generator=generator)
+        timesteps = (len(self.alpha_bar) * uniform ** (1 / self.stage.timestep_power)).long()
         noisy = add_noise(latents, noise, self.alpha_bar[timesteps])
-        predicted = self.predict(noisy, timesteps, ids, mask, height, width)
+        predicted = self.predict(noisy, timesteps, texts, height, width)
         error = (predicted.float() - noise).square().mean((1, 2, 3))  # [B]
         return (error * snr_weights(self.alpha_bar[timesteps], self.stage.snr_gamma)).mean()
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, mask: Tensor, height: int, width: int) -> Tensor:
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, texts: tuple[Tensor, Tensor, Tensor], height: int, width: int
+    ) -> Tensor:
         """The UNet's prediction for latents of whole pictures of height x width pixels."""
-        with torch.no_grad():
-            embeds, key_bias, pooled = self.text_encoder.text_features_collapsed(ids, mask)
+        embeds, key_bias, pooled = texts
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
         added = {"text_embeds": pooled, "time_ids": sizes.expand(len(noisy), -1)}
         output = self.module(
@@ -223,12 +274,13 @@ def add_noise(latents: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
 
 
 def snr_weights(signal: Tensor, gamma: float) -> Tensor:
-    """(min(SNR, gamma) + 1) / SNR, at most 50, with SNR = A / (1 - A); ones where gamma is 0.
+    """(min(SNR, gamma) + 1) / SNR with SNR = A / (1 - A); ones where gamma is 0.
 
-    On the noise, that is the v-loss capped at low noise (min-SNR-gamma for v). With min(SNR, gamma) / SNR, an error in
-    what is decided at high noise (background, colours, places) would cost next to nothing.
+    On the noise, that is the v-loss capped at low noise (min-SNR-gamma for v): an error of e in the predicted picture
+    costs (min(SNR, gamma) + 1) e^2. With min(SNR, gamma) / SNR, or with a cap on the weights, an error in what is
+    decided at high noise (background, places, colours) would cost next to nothing, and the text would go unread there.
     """
     if gamma == 0:
         return torch.ones_like(signal)
     ratio = signal / (1 - signal)
-    return ((ratio.clamp(max=gamma) + 1) / ratio).clamp(max=50)
+    return (ratio.clamp(max=gamma) + 1) / ratio

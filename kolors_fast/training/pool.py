@@ -1,4 +1,4 @@
-"""A pool of scenes, rendered and encoded once, so that a step of the UNet's training costs only the UNet."""
+"""A pool of scenes with captions, all encoded once, so that a step of the UNet's training costs only the UNet."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tqdm import tqdm
 
 from kolors_fast.data.shapes import Scene, caption, render, sample_training
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
+from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 
 from .buckets import Size, epoch_batches, make_buckets, nearest_bucket
 from .config import EpsilonStage
+from .encoded import ABSENT, EncodedCaptions, encode_captions
 from .streams import Streams
 
-MAX_TOKENS = 256  # of a prompt, as in Kolors
 STORED_TOKENS = 64  # longest caption that is kept; the longest of the shapes world has about 45
-ABSENT = -1
 _ENCODED_PIXELS = 16 * 256 * 256  # at a time
 _EPOCH_STREAM = 2**30  # steps of this stream count epochs
 
@@ -32,14 +32,20 @@ class Bucket:
 
     size: Size  # height, width
     latents: Tensor  # [N, C, h, w] fp16, scaled to about unit variance
-    captions: Tensor  # [N, captions, STORED_TOKENS] int16, padded on the right with ABSENT
+    captions: EncodedCaptions  # each item's in turn, and at the end the empty one
+
+    def texts(self, items: Tensor, choice: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """embeds, key_bias and pooled of one caption of each item [B]; the empty one where it is dropped."""
+        empty = len(self.captions.pooled) - 1
+        per_item = empty // len(self.latents)
+        return self.captions.gather(torch.where(dropped, empty, items * per_item + choice))
 
 
 class LatentPool:
     """Buckets of latents with captions, and the order in which they are visited."""
 
-    def __init__(self, buckets: list[Bucket], empty: Tensor, streams: Streams) -> None:
-        self.buckets, self.empty, self.streams = buckets, empty, streams
+    def __init__(self, buckets: list[Bucket], streams: Streams) -> None:
+        self.buckets, self.streams = buckets, streams
         self._epoch: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
 
     def batch(self, step: int, size: int) -> tuple[Bucket, Tensor]:
@@ -56,66 +62,64 @@ class LatentPool:
         return self.buckets[bucket], torch.from_numpy(items)
 
 
-def pad_left(captions: Tensor, pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Captions [B, L] padded on the right with ABSENT -> ids and mask [B, 256], padded on the left."""
-    ids = torch.full((len(captions), MAX_TOKENS), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, real, caption_ids in zip(ids, mask, captions, strict=True):
-        count = int((caption_ids != ABSENT).sum())
-        row[MAX_TOKENS - count :] = caption_ids[:count].long()
-        real[MAX_TOKENS - count :] = 1
-    return ids, mask
-
-
 def build_pool(
-    vae: AutoencoderKL, tokenizer: ChatGLMTokenizer, stage: EpsilonStage, streams: Streams, count: int, cache: Path
+    vae: AutoencoderKL,
+    text_encoder: ChatGLM,
+    tokenizer: ChatGLMTokenizer,
+    stage: EpsilonStage,
+    streams: Streams,
+    count: int,
+    cache: Path,
 ) -> LatentPool:
     """A pool of `count` training scenes, read from the file `cache` where it exists, else made and written there."""
     sizes = make_buckets(stage.area**2, stage.shortest, stage.longest, stage.divisor)
     if not cache.exists():
-        _make(vae, tokenizer, stage, streams, count, sizes, cache)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        scratch = cache.with_name(f".{cache.name}.tmp")
+        save_file(_make(vae, text_encoder, tokenizer, stage, streams, count, sizes), scratch)
+        scratch.replace(cache)
     stored = load_file(cache)
     buckets = []
     for height, width in sizes:
         name = f"{height}x{width}"
         if f"latents.{name}" in stored:
-            buckets.append(Bucket((height, width), stored[f"latents.{name}"], stored[f"captions.{name}"]))
-    return LatentPool(buckets, _stored(tokenizer.encode("")), streams)
+            captions = EncodedCaptions(*(stored[f"{part}.{name}"] for part in ("states", "starts", "pooled")))
+            buckets.append(Bucket((height, width), stored[f"latents.{name}"], captions))
+    return LatentPool(buckets, streams)
 
 
 def _make(
     vae: AutoencoderKL,
+    text_encoder: ChatGLM,
     tokenizer: ChatGLMTokenizer,
     stage: EpsilonStage,
     streams: Streams,
     count: int,
     sizes: list[Size],
-    cache: Path,
-) -> None:
+) -> dict[str, Tensor]:
     rng = streams.numpy(_EPOCH_STREAM - 1)
     scenes: dict[Size, list[Scene]] = {size: [] for size in sizes}
     for _ in range(count):
         square = len(sizes) == 1 or rng.random() < stage.square_share
         aspect = 1.0 if square else float(np.exp(rng.uniform(-np.log(2), np.log(2))))
         scenes[sizes[nearest_bucket(sizes, aspect)]].append(sample_training(rng)[0])
-    stored = {}
+    stored: dict[str, Tensor] = {}
     with tqdm(total=count, desc="latents", unit="scene", disable=streams.rank > 0, mininterval=10) as bar:
         for (height, width), members in scenes.items():
             if not members:
                 continue
             name = f"{height}x{width}"
-            texts = [[_stored(tokenizer.encode(caption(s, rng)[0])) for _ in range(stage.captions)] for s in members]
-            stored[f"captions.{name}"] = torch.stack([torch.stack(rows) for rows in texts])
+            texts = [caption(scene, rng)[0] for scene in members for _ in range(stage.captions)]
+            ids = torch.stack([_stored(tokenizer.encode(text)) for text in [*texts, ""]])
+            encoded = encode_captions(text_encoder, ids)
+            stored |= {f"{part}.{name}": getattr(encoded, part) for part in ("states", "starts", "pooled")}
             latents = []
             for start in range(0, len(members), at_once := max(1, _ENCODED_PIXELS // (height * width))):
                 some = members[start : start + at_once]
                 latents.append(encode_scenes(vae, some, height, width))
                 bar.update(len(some))
             stored[f"latents.{name}"] = torch.cat(latents).half().contiguous()
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    scratch = cache.with_name(f".{cache.name}.tmp")
-    save_file(stored, scratch)
-    scratch.replace(cache)
+    return stored
 
 
 @torch.no_grad()

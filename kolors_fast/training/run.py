@@ -18,8 +18,8 @@ from kolors_fast.models.unet import KolorsUNet
 from kolors_fast.schedulers import EulerDiscreteScheduler
 
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage, Recipe, Stage, load_recipe
-from .initial import drop_head, scale_residual_stream, zero_residual_branches
-from .objectives import AutoencoderObjective, EpsilonObjective, LanguageModelObjective, Objective
+from .initial import drop_head, fix_posterior, scale_residual_stream, zero_residual_branches
+from .objectives import AutoencoderObjective, CaptionReader, EpsilonObjective, LanguageModelObjective, Objective
 from .parallel import World
 from .pool import build_pool
 from .streams import Streams
@@ -88,8 +88,10 @@ class Session:
         module = Trainer(stage, objective, folder, self.world).run()
         if self.world.is_main:
             if isinstance(module, AutoencoderKL) and isinstance(objective, AutoencoderObjective):
+                fix_posterior(module)
                 self._measure_scale(module, objective.stage)
-            elif isinstance(module, ChatGLM) and isinstance(objective, LanguageModelObjective):
+            elif isinstance(module, CaptionReader) and isinstance(objective, LanguageModelObjective):
+                module = module.model
                 scale_residual_stream(module, 1 / objective.rms_of_states(module))
                 drop_head(module)
             assert isinstance(module, PretrainedModel)
@@ -121,7 +123,7 @@ class Session:
         cache = folder / f"pool-{self.world.rank}-of-{self.world.size}.safetensors"
         count = math.ceil(stage.scenes / self.world.size)
         with computing_in(stage.precision):
-            pool = build_pool(vae, self.tokenizer, stage, streams, count, cache)
+            pool = build_pool(vae, text_encoder, self.tokenizer, stage, streams, count, cache)
         return EpsilonObjective(unet, vae, text_encoder, self.tokenizer, pool, stage, streams)
 
     @torch.no_grad()
@@ -136,7 +138,7 @@ class Session:
 
     def _write_pipeline(self) -> None:
         """model_index.json and the scheduler; the models join as they are trained."""
-        EulerDiscreteScheduler(**self.recipe.scheduler).save_pretrained(self.folder / "scheduler")
+        EulerDiscreteScheduler.from_config(self.recipe.scheduler).save_pretrained(self.folder / "scheduler")
         index = {
             "_class_name": "KolorsPipeline",
             "_diffusers_version": "0.30.0",

@@ -10,9 +10,10 @@ from kolors_fast.models.unet import KolorsUNet
 from kolors_fast.pipelines.kolors import KolorsPipeline
 from kolors_fast.training import export, run
 from kolors_fast.training.config import load_recipe
+from kolors_fast.training.encoded import ABSENT, encode_captions, pad_left
 from kolors_fast.training.monitor import validation_prompts
 from kolors_fast.training.parallel import World
-from kolors_fast.training.pool import ABSENT, build_pool, pad_left
+from kolors_fast.training.pool import build_pool
 from kolors_fast.training.run import PIPELINE, Session, train_command
 from kolors_fast.training.streams import Streams
 from kolors_fast.training.trainer import Trainer
@@ -156,34 +157,56 @@ def test_pool(folder, tmp_path):
     recipe = load_recipe(folder / "miniature.toml")
     session = Session(recipe, folder / "out", World())
     stage = replace(recipe.stages[3], scenes=30)
-    vae = KolorsPipeline.from_pretrained(folder / "out" / PIPELINE).vae
-    pool = build_pool(vae, session.tokenizer, stage, Streams(0, "q"), 30, tmp_path / "pool.safetensors")
+    pipeline = KolorsPipeline.from_pretrained(folder / "out" / PIPELINE)
+    models = pipeline.vae, pipeline.text_encoder, session.tokenizer
+    pool = build_pool(*models, stage, Streams(0, "q"), 30, tmp_path / "pool.safetensors")
     assert sum(len(bucket.latents) for bucket in pool.buckets) == 30
     for bucket in pool.buckets:
         height, width = bucket.size
         assert bucket.latents.shape[1:] == (4, height // 8, width // 8)
-        assert bucket.captions.shape[1:] == (2, 64)
+        assert len(bucket.captions.pooled) == 2 * len(bucket.latents) + 1
+        texts = bucket.texts(torch.tensor([1, 0]), torch.tensor([1, 0]), torch.tensor([False, True]))
+        expected = bucket.captions.gather(torch.tensor([3, 2 * len(bucket.latents)]))
+        for got, wanted in zip(texts, expected, strict=True):
+            assert torch.equal(got, wanted)
     seen = {}
     for step in range(14):
         bucket, items = pool.batch(step, 2)
         seen.setdefault(bucket.size, []).extend(items.tolist())
-    again = build_pool(vae, session.tokenizer, stage, Streams(0, "q"), 30, tmp_path / "pool.safetensors")
+    again = build_pool(*models, stage, Streams(0, "q"), 30, tmp_path / "pool.safetensors")
     bucket, items = again.batch(13, 2)
     assert (bucket.size, items.tolist()) == ((pool.batch(13, 2)[0].size), pool.batch(13, 2)[1].tolist())
 
 
+TEXTS = ["a red circle", "", "左边是红色圆形，右边是蓝色方块", "a small green star in the top left corner"]
+
+
+def stored(tokenizer):
+    ids = torch.full((len(TEXTS), 64), ABSENT, dtype=torch.int16)
+    for row, text in zip(ids, TEXTS, strict=True):
+        encoded = tokenizer.encode(text)
+        row[: len(encoded)] = torch.tensor(encoded)
+    return ids
+
+
 def test_captions_are_padded_as_the_tokenizer_does(folder):
-    recipe = load_recipe(folder / "miniature.toml")
-    session = Session(recipe, folder / "out", World())
-    texts = ["a red circle", "", "左边是红色圆形，右边是蓝色方块"]
-    stored = torch.full((3, 64), ABSENT, dtype=torch.int16)
-    for row, text in zip(stored, texts, strict=True):
-        ids = session.tokenizer.encode(text)
-        row[: len(ids)] = torch.tensor(ids)
-    ids, mask = pad_left(stored, session.tokenizer.pad_token_id)
-    expected = session.tokenizer(texts, padding="max_length", max_length=256)
+    tokenizer = Session(load_recipe(folder / "miniature.toml"), folder / "out", World()).tokenizer
+    ids, mask = pad_left(stored(tokenizer), tokenizer.pad_token_id)
+    expected = tokenizer(TEXTS, padding="max_length", max_length=256)
     assert torch.equal(ids, expected["input_ids"])
     assert torch.equal(mask, expected["attention_mask"])
+
+
+@torch.no_grad()
+def test_stored_captions_are_what_the_text_encoder_says(folder):
+    pipeline = KolorsPipeline.from_pretrained(folder / "out" / PIPELINE)
+    encoded = encode_captions(pipeline.text_encoder, stored(pipeline.tokenizer))
+    which = torch.tensor([2, 0, 3, 1])
+    batch = pipeline.tokenizer([TEXTS[i] for i in which], padding="max_length", max_length=256)
+    expected = pipeline.text_encoder.text_features_collapsed(batch["input_ids"], batch["attention_mask"])
+    for got, wanted in zip(encoded.gather(which), expected, strict=True):
+        assert got.dtype == torch.float32
+        assert torch.allclose(got, wanted, rtol=1e-3, atol=1e-3)  # kept in half precision
 
 
 def test_validation_never_sees_the_evaluation_prompts():

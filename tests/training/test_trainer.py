@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from kolors_fast.data.shapes.scene import REQUEST_PARTS
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.training.checkpoint import TrainingStateError, read_state, write_state
@@ -22,7 +23,7 @@ VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "layers_per_block": 1,
-    "latent_channels": 2,
+    "latent_channels": 3,
     "norm_num_groups": 2,
 }
 STAGE = AutoencoderStage(
@@ -119,42 +120,54 @@ def test_autoencoder_learns(tmp_path):
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
 
 
-def test_language_model_learns(tmp_path):
-    tokenizer = train_tokenizer(TokenizerRecipe(pieces=400, captions=500), 0, tmp_path / "tokenizer")
+def language_model_objective(folder, batch=16):
+    tokenizer = train_tokenizer(TokenizerRecipe(pieces=400, captions=500), 0, folder / "tokenizer")
+    torch.manual_seed(0)
     model = ChatGLM(
         num_layers=2, padded_vocab_size=tokenizer.vocab_size, hidden_size=32, ffn_hidden_size=48, kv_channels=16,
         num_attention_heads=2, multi_query_attention=True, add_qkv_bias=True, add_lm_head=True,
     )  # fmt: skip
     stage = LanguageModelStage(
-        name="lm", objective="language_model", steps=40, batch=16, learning_rate=1e-2, warmup=2, decay=0
+        name="lm", objective="language_model", steps=40, batch=batch, learning_rate=1e-2, warmup=2, decay=0
     )
-    objective = LanguageModelObjective(model, tokenizer, stage, Streams(0, "lm"))
-    run = Trainer(stage, objective, tmp_path)
+    return LanguageModelObjective(model, tokenizer, stage, Streams(0, "lm"))
+
+
+def test_language_model_learns(tmp_path):
+    objective = language_model_objective(tmp_path)
+    run = Trainer(objective.stage, objective, tmp_path)
     losses = [run.train_step() for _ in range(40)]
-    assert losses[0] == pytest.approx(np.log(tokenizer.vocab_size), rel=0.1)  # knows nothing
+    vocabulary = objective.tokenizer.vocab_size
+    knows_nothing = np.log(vocabulary) + objective.stage.reading_weight * sum(np.log(len(p)) for p in REQUEST_PARTS)
+    assert losses[0] == pytest.approx(knows_nothing, rel=0.05)
     assert np.mean(losses[-5:]) < 0.6 * losses[0]
 
 
 def test_language_model_targets(tmp_path):
-    tokenizer = train_tokenizer(TokenizerRecipe(pieces=400, captions=500), 0, tmp_path / "tokenizer")
-    stage = LanguageModelStage(
-        name="lm", objective="language_model", steps=1, batch=8, learning_rate=1.0, warmup=0, decay=0
-    )
-    ids, targets, visible = LanguageModelObjective(torch.nn.Module(), tokenizer, stage, Streams(0, "lm")).tokens(0)
-    assert (ids[:, :2] == torch.tensor(tokenizer.prefix)).all()
-    assert (targets[:, 0] == -100).all()
-    for row, target in zip(ids.tolist(), targets.tolist(), strict=True):
-        wanted = [t for t in target if t != -100]
-        assert wanted[-1] == tokenizer.eos_token_id
-        assert row[2 : 1 + len(wanted)] == wanted[:-1]  # the next token, one place on
-        assert wanted.count(tokenizer.eos_token_id) in (1, 2)
-    for row, seen in zip(ids.tolist(), visible[:, 0], strict=True):
-        if tokenizer.eos_token_id not in row:  # the longest row, of one caption
-            continue
-        end = row.index(tokenizer.eos_token_id)
-        assert torch.equal(seen[:end, :end], torch.ones(end, end, dtype=torch.bool).tril())
-        for query in range(end, len(row)):  # the prefix, the caption's last token, and what follows it
-            assert seen[query].nonzero().flatten().tolist() == [0, 1, *range(end - 1, query + 1)]
+    objective = language_model_objective(tmp_path, batch=8)
+    ids, targets, lengths, _ = objective.captions(0)
+    eos, prefix = objective.tokenizer.eos_token_id, objective.tokenizer.prefix
+    assert (ids[:, :2] == torch.tensor(prefix)).all()
+    for row, target, length in zip(ids, targets, lengths, strict=True):
+        assert target[0] == -100  # sop is given, not predicted
+        assert target[1:length].tolist() == [*row[2:length].tolist(), eos]
+        assert (target[length:] == -100).all()
+
+
+def test_request_is_read_off_the_last_token(tmp_path):
+    objective = language_model_objective(tmp_path, batch=8)
+    ids, _, lengths, parts = objective.captions(0)
+    of_parts = objective.module(ids, lengths)[1]
+    assert [len(one[0]) for one in of_parts] == [len(part) for part in REQUEST_PARTS]
+    assert parts.shape == (8, len(REQUEST_PARTS))
+    other = ids.clone()
+    for row, length in enumerate(lengths):
+        other[row, length:] = 7  # what stands behind a caption is not read
+        alone = objective.module(ids[row : row + 1, :length], lengths[row : row + 1])[1]
+        for one, whole in zip(alone, of_parts, strict=True):
+            assert torch.allclose(one[0], whole[row], atol=1e-5)
+    for one, same in zip(objective.module(other, lengths)[1], of_parts, strict=True):
+        assert torch.allclose(one, same, atol=1e-5)
 
 
 def test_no_stream_repeats():

@@ -108,6 +108,25 @@ class Request:
     background: str | None = None
 
 
+# the parts of a request and what each can say; None: nothing
+MOST_OBJECTS = 3
+REQUEST_PARTS: tuple[tuple[str | None, ...], ...] = (
+    (None, *AXES),
+    (None, *(place for row in PLACES for place in row)),
+    (None, *BACKGROUNDS),
+    *((None, *SIZES), (None, *COLOURS), (None, *SHAPES)) * MOST_OBJECTS,
+)
+
+
+def request_parts(request: Request) -> tuple[int, ...]:
+    """The request as one index into each of REQUEST_PARTS."""
+    said = [request.axis, request.place, request.background]
+    for thing in request.objects:
+        said += [thing.size, thing.colour, thing.shape]
+    said += [None] * (len(REQUEST_PARTS) - len(said))
+    return tuple(part.index(value) for part, value in zip(REQUEST_PARTS, said, strict=True))
+
+
 def place_of(x: float, y: float) -> str:
     """The cell of the 3 x 3 grid that holds the point; x, y in 0..1."""
     column = sum(x >= line for line in PLACE_LINES)

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 
 from kolors_fast.data.shapes import facts, sample_scene
-from kolors_fast.data.shapes.scene import BACKGROUNDS, COLOURS, EXTENT, POLYGONS, SIZES, place_of
+from kolors_fast.data.shapes.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    EXTENT,
+    POLYGONS,
+    REQUEST_PARTS,
+    SIZES,
+    Asked,
+    Request,
+    place_of,
+    request_parts,
+)
 
 CANVASES = ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0))  # width, height in short sides
 
@@ -79,6 +90,13 @@ def test_facts_state_everything():
     assert [(o.shape, o.colour, o.size) for o in request.objects] == [
         (item.shape, item.colour, item.size) for item in scene.items
     ]
+
+
+def test_request_parts_name_what_is_asked():
+    request = Request((Asked("star", "red", "large"), Asked("circle", "blue")), "row", None, "grey")
+    said = [part[index] for part, index in zip(REQUEST_PARTS, request_parts(request), strict=True)]
+    assert said == ["row", None, "grey", "large", "red", "star", None, "blue", "circle", None, None, None]
+    assert request_parts(Request((Asked("circle", "red"),))) != request_parts(Request((Asked("circle", "green"),)))
 
 
 def test_same_seed_same_scene():

@@ -1,0 +1,65 @@
+"""Captions as the UNet reads them, encoded once and kept end to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kolors_fast.models.chatglm import ChatGLM
+
+MAX_TOKENS = 256  # of a prompt, as in Kolors
+ABSENT = -1  # fills ids [M, L] on the right
+_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class EncodedCaptions:
+    """M captions. `states[starts[i] : starts[i + 1]]` are the states of the pad and of the tokens of caption i."""
+
+    states: Tensor  # [total, D] fp16
+    starts: Tensor  # [M + 1] int64
+    pooled: Tensor  # [M, D] fp16
+
+    def gather(self, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Captions `which` [B] in the form of `ChatGLM.text_features_collapsed`.
+
+        Returns:
+            embeds [B, N + 1, D] fp32, key_bias [B, N + 1] fp32 and pooled [B, D] fp32, N the longest's tokens.
+        """
+        start = self.starts[which]
+        length = self.starts[which + 1] - start  # with the pad
+        rank = torch.arange(int(length.max()))
+        present = rank < length[:, None]
+        embeds = self.states[torch.where(present, start[:, None] + rank, 0)].float()
+        key_bias = torch.where(present, 0.0, float("-inf"))
+        key_bias[:, 0] = (MAX_TOKENS + 1 - length).float().log()
+        return embeds.masked_fill(~present[..., None], 0.0), key_bias, self.pooled[which].float()
+
+
+@torch.no_grad()
+def encode_captions(text_encoder: ChatGLM, captions: Tensor) -> EncodedCaptions:
+    """Encode token ids [M, L], each row padded on the right with ABSENT."""
+    lengths = (captions != ABSENT).sum(1)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), (lengths + 1).cumsum(0)])
+    width = text_encoder.config.hidden_size
+    states = torch.empty(int(starts[-1]), width, dtype=torch.float16)
+    pooled = torch.empty(len(captions), width, dtype=torch.float16)
+    for some in lengths.argsort().split(_AT_ONCE):  # of about equal length
+        embeds, _, last = text_encoder.text_features_collapsed(*pad_left(captions[some]))
+        present = torch.arange(embeds.shape[1]) <= lengths[some][:, None]
+        states[(starts[some][:, None] + torch.arange(embeds.shape[1]))[present]] = embeds[present].half()
+        pooled[some] = last.half()
+    return EncodedCaptions(states, starts, pooled)
+
+
+def pad_left(captions: Tensor, pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Captions [B, L] padded on the right with ABSENT -> ids and mask [B, 256], padded on the left."""
+    ids = torch.full((len(captions), MAX_TOKENS), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, real, caption_ids in zip(ids, mask, captions, strict=True):
+        count = int((caption_ids != ABSENT).sum())
+        row[MAX_TOKENS - count :] = caption_ids[:count].long()
+        real[MAX_TOKENS - count :] = 1
+    return ids, mask
