@@ -118,15 +118,17 @@ def test_whole_picture(benchmark: Any, provider: str, device: str) -> None:
     with use_backend("reference" if provider == "reference" else None):
         truth = _picture(_diffusers_pipeline(compiled=False), steps=4)
         assert np.abs(_picture(pipeline, steps=4) - truth).max() < 1e-2
-        benchmark.group, benchmark.name = "one 128x128 picture, bundled model, 25 steps, CFG", provider
+        side = _picture(pipeline, steps=1).shape[1]
+        benchmark.group, benchmark.name = f"one {side}x{side} picture, bundled model, 25 steps, CFG", provider
         benchmark.pedantic(lambda: _picture(pipeline, steps=25), rounds=5, warmup_rounds=1)
 
 
 def test_autoencoder_decode(benchmark: Any, device: str) -> None:
     """The bundled autoencoder alone: what share of a picture it is."""
     vae = AutoencoderKL.from_pretrained(bundled("kolors-tiny"), subfolder="vae", torch_dtype=torch.float32).to(device)
-    side = 128 // 2 ** (len(vae.config.block_out_channels) - 1)
+    side = KolorsUNet.load_config(bundled("kolors-tiny"), subfolder="unet")["sample_size"]
     latent = torch.randn(1, vae.config.latent_channels, side, side, device=device)
     with torch.no_grad():
-        benchmark.group, benchmark.name = "decode one 128x128 picture", "kolors_fast"
+        pixels = vae.decode(latent)[0].shape[-1]
+        benchmark.group, benchmark.name = f"decode one {pixels}x{pixels} picture", "kolors_fast"
         benchmark.pedantic(lambda: vae.decode(latent), rounds=10, warmup_rounds=2)

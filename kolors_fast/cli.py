@@ -67,7 +67,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", help="file variant of the weights, such as fp16")
     parser.add_argument("--negative-prompt")
     parser.add_argument("--steps", type=int, default=25, help="default: 25")
-    parser.add_argument("--guidance-scale", type=float, help="default: 5.0; of the bundled model 2.0")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="default: 5.0")
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -75,22 +75,15 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=["reference", "cpu", "triton", "cuda"], help="force one for every op")
 
 
-# on 80 validation prompts, 25 Euler steps: 37.5 % right at 2.0, 25 % at 5.0, where its colours burn
-BUNDLED_GUIDANCE = 2.0
-
-
 def _load(options: argparse.Namespace) -> Any:
     import torch
 
-    from .assets import BUNDLED
     from .ops import use_backend
     from .pipelines.kolors import KolorsPipeline
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
     use_backend(options.backend)
-    if options.guidance_scale is None:
-        options.guidance_scale = BUNDLED_GUIDANCE if options.model in BUNDLED else 5.0
     return KolorsPipeline.from_pretrained(options.model, torch_dtype=dtype, variant=options.variant).to(device)
 
 

@@ -135,29 +135,25 @@ def test_evaluate_counts_what_the_oracle_saw(tmp_path: Path, capsys: pytest.Capt
     assert "relation alone" in capsys.readouterr().out
 
 
-def test_pictures_follow_their_prompts() -> None:
-    """Held-out prompts: the oracle finds the asked colours in a prompt's own picture, and not in its neighbour's.
-
-    How often everything is right is measured by `kolors-fast evaluate` and stands in the README.
-    """
+def test_pictures_are_what_was_asked() -> None:
+    """At least 90 % of held-out prompts, other ones than the README reports on, are drawn right by the oracle."""
     import numpy as np
     import torch
 
     from kolors_fast import KolorsPipeline
     from kolors_fast.data.shapes import held_out_prompts, judge
 
-    asked = held_out_prompts(24, seed=1)
+    asked = held_out_prompts(40, seed=1)
     pipeline = KolorsPipeline.from_pretrained("kolors-tiny")
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(len(asked))]
-    pictures = pipeline([one.prompt for one in asked], guidance_scale=2.0, generator=generators).images
-
-    def colours(shift: int) -> int:
-        shown = [np.asarray(pictures[(i + shift) % len(asked)]) for i in range(len(asked))]
-        return sum(judge(picture, one.request).colours_ok for picture, one in zip(shown, asked, strict=True))
-
-    own, neighbours = colours(0), colours(1)
-    assert own >= 12 and own >= 4 * neighbours, f"{own} of 24 in the own picture, {neighbours} in the neighbour's"
+    pictures = pipeline([one.prompt for one in asked], generator=generators).images
+    wrong = [
+        one.prompt
+        for one, picture in zip(asked, pictures, strict=True)
+        if not judge(np.asarray(picture), one.request).correct
+    ]
+    assert len(wrong) <= 4, f"{len(wrong)} of 40 drawn wrong: {wrong}"
 
 
 def test_bundled_model_is_small() -> None:

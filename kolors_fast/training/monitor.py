@@ -19,7 +19,7 @@ from kolors_fast.schedulers import EulerDiscreteScheduler
 VALIDATION_SEED = 20240706  # the evaluation draws its prompts from seed 0
 SAMPLES = 40
 STEPS = 20
-GUIDANCE = 2.0
+GUIDANCE = 5.0
 
 
 def validation_prompts(count: int = SAMPLES) -> list[HeldOutPrompt]:
