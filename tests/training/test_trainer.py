@@ -160,12 +160,12 @@ def test_request_is_read_off_the_last_token(tmp_path):
     of_parts = objective.module(ids, lengths)[1]
     assert [len(one[0]) for one in of_parts] == [len(part) for part in REQUEST_PARTS]
     assert parts.shape == (8, len(REQUEST_PARTS))
-    other = ids.clone()
+    reader, other = objective.module, ids.clone()
     for row, length in enumerate(lengths):
-        other[row, length:] = 7  # what stands behind a caption is not read
-        alone = objective.module(ids[row : row + 1, :length], lengths[row : row + 1])[1]
-        for one, whole in zip(alone, of_parts, strict=True):
+        state = reader.model(ids[row : row + 1, :length]).last_hidden_state[-1]  # [1, D], of the caption's last token
+        for one, whole in zip(reader.parts(state).split([len(p) for p in REQUEST_PARTS], 1), of_parts, strict=True):
             assert torch.allclose(one[0], whole[row], atol=1e-5)
+        other[row, length:] = 7  # what stands behind a caption is not read
     for one, same in zip(objective.module(other, lengths)[1], of_parts, strict=True):
         assert torch.allclose(one, same, atol=1e-5)
 
