@@ -40,14 +40,15 @@ class EncodedCaptions:
 
 @torch.no_grad()
 def encode_captions(text_encoder: ChatGLM, captions: Tensor) -> EncodedCaptions:
-    """Encode token ids [M, L], each row padded on the right with ABSENT."""
+    """Encode token ids [M, L], each row padded on the right with ABSENT; in full precision, as at inference."""
     lengths = (captions != ABSENT).sum(1)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), (lengths + 1).cumsum(0)])
     width = text_encoder.config.hidden_size
     states = torch.empty(int(starts[-1]), width, dtype=torch.float16)
     pooled = torch.empty(len(captions), width, dtype=torch.float16)
     for some in lengths.argsort().split(_AT_ONCE):  # of about equal length
-        embeds, _, last = text_encoder.text_features_collapsed(*pad_left(captions[some]))
+        with torch.autocast("cpu", enabled=False):
+            embeds, _, last = text_encoder.text_features_collapsed(*pad_left(captions[some]))
         present = torch.arange(embeds.shape[1]) <= lengths[some][:, None]
         states[(starts[some][:, None] + torch.arange(embeds.shape[1]))[present]] = embeds[present].half()
         pooled[some] = last.half()

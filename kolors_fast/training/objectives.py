@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -65,16 +66,17 @@ class AutoencoderObjective:
         if vae.config.latent_channels < 3:
             raise ValueError(f"latent_channels: expected 3 or more, got {vae.config.latent_channels}")
         self.side = 2 ** (len(vae.config.block_out_channels) - 1)  # of the pixels behind a latent
-        batches = (self.pictures(_VALIDATION - k) for k in range(32))
+        everywhere = replace(streams, rank=0)  # all processes draw to the same colours
+        batches = (self.pictures(_VALIDATION - k, everywhere) for k in range(32))
         colours = torch.cat([mean_colours(pictures, self.side).flatten(0, 2) for pictures in batches])
         self.centre, self.whitening = colours.mean(0), whitening(torch.cov(colours.T))  # [3], [3, 3]
 
-    def pictures(self, step: int) -> Tensor:
+    def pictures(self, step: int, streams: Streams | None = None) -> Tensor:
         """The step's batch, all of one size; larger pictures come in smaller batches, of about equal pixels."""
         sizes = self.stage.sizes
         height, width = sizes[int(self.streams.shared(step).integers(len(sizes)))]
         count = max(1, round(self.stage.batch * sizes[0][0] * sizes[0][1] / (height * width)))
-        rng = self.streams.numpy(step)
+        rng = (streams or self.streams).numpy(step)
         return to_tensor(np.stack([render(sample_training(rng)[0], height, width) for _ in range(count)]))
 
     def loss(self, step: int) -> Tensor:
@@ -199,9 +201,8 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class EpsilonObjective:
     """mean w(t) (unet(sqrt(A_t) x + sqrt(1 - A_t) n, t, text) - n)^2 over latents x of the pool (Ho et al. 2020).
 
-    t has the density p (t / T)^(p - 1) / T over the T training steps, p the stage's `timestep_power` (1: uniform). A_t
-    is the schedule's alpha-bar, w that of `snr_weights`. A share of the captions is replaced by the empty one, for
-    classifier-free guidance.
+    t is drawn by `draw_timesteps`, A_t is the schedule's alpha-bar, w that of `snr_weights`. A share of the captions is
+    replaced by the empty one, for classifier-free guidance.
     """
 
     def __init__(
@@ -227,8 +228,7 @@ class EpsilonObjective:
         dropped = torch.from_numpy(rng.random(len(items)) < self.stage.caption_dropout)
         texts = bucket.texts(items, choice, dropped)
         noise = torch.randn(latents.shape, generator=generator)
-        uniform = torch.rand(len(items), generator=generator)
-        timesteps = (len(self.alpha_bar) * uniform ** (1 / self.stage.timestep_power)).long()
+        timesteps = draw_timesteps(len(items), len(self.alpha_bar), self.stage.timestep_power, generator)
         noisy = add_noise(latents, noise, self.alpha_bar[timesteps])
         predicted = self.predict(noisy, timesteps, texts, height, width)
         error = (predicted.float() - noise).square().mean((1, 2, 3))  # [B]
@@ -259,6 +259,12 @@ class EpsilonObjective:
             train_steps=self.stage.train_steps,
             beta_end=self.stage.beta_end,
         )
+
+
+def draw_timesteps(count: int, train_steps: int, power: float, generator: torch.Generator) -> Tensor:
+    """int64 [count] in [0, T), with P(t < x) = (x / T)^power: uniform for 1, more of the high noise above it."""
+    drawn = train_steps * torch.rand(count, generator=generator) ** (1 / power)
+    return drawn.long().clamp(max=train_steps - 1)  # the power may round up to 1
 
 
 def alpha_bar(train_steps: int, beta_end: float, beta_start: float = 0.00085) -> Tensor:

@@ -10,7 +10,14 @@ from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.models.unet import KolorsUNet
 from kolors_fast.training.initial import fix_posterior, scale_residual_stream, zero_residual_branches
-from kolors_fast.training.objectives import add_noise, alpha_bar, moments_from_normal, snr_weights, whitening
+from kolors_fast.training.objectives import (
+    add_noise,
+    alpha_bar,
+    draw_timesteps,
+    moments_from_normal,
+    snr_weights,
+    whitening,
+)
 
 PHASES = [(1000, 0.012), (1100, 0.014)]
 
@@ -44,6 +51,21 @@ def test_snr_weights_are_those_of_the_v_loss():
     assert torch.allclose(weights[ratio < 5], 1 / signal[ratio < 5])
     assert (weights[ratio > 5] < 1 / signal[ratio > 5]).all()
     assert (snr_weights(signal, 0.0) == 1).all()
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+def test_timesteps_have_their_distribution(power):
+    drawn = draw_timesteps(20000, 1000, power, torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.int64 and drawn.min() >= 0 and drawn.max() <= 999
+    bounds = torch.arange(0, 1001, 50)
+    share = (drawn[:, None] < bounds).double().mean(0)
+    wanted = (bounds / 1000) ** power
+    assert float((share - wanted).abs().max()) < 1.63 / 20000**0.5  # Kolmogorov-Smirnov at 1 %
+
+
+def test_a_draw_that_rounds_up_is_a_timestep(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.full((1,), 1 - 2**-24))
+    assert draw_timesteps(1, 1100, 2.0, torch.Generator()).item() == 1099
 
 
 def test_moments_from_normal_are_zero_for_white_samples_only():

@@ -120,6 +120,17 @@ def test_autoencoder_learns(tmp_path):
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
 
 
+def test_every_process_draws_latents_to_the_same_colours():
+    objectives = [AutoencoderObjective(AutoencoderKL(**VAE), STAGE, Streams(0, "vae", rank)) for rank in range(2)]
+    assert torch.equal(objectives[0].whitening, objectives[1].whitening)
+    assert not torch.equal(objectives[0].pictures(0), objectives[1].pictures(0))
+
+
+def test_latents_too_few_for_the_colours_are_refused():
+    with pytest.raises(ValueError, match="latent_channels: expected 3 or more, got 2"):
+        AutoencoderObjective(AutoencoderKL(**{**VAE, "latent_channels": 2}), STAGE, Streams(0, "vae"))
+
+
 def language_model_objective(folder, batch=16):
     tokenizer = train_tokenizer(TokenizerRecipe(pieces=400, captions=500), 0, folder / "tokenizer")
     torch.manual_seed(0)
