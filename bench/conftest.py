@@ -21,6 +21,13 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["command"] = " ".join(["pytest", *config.invocation_params.args])
 
 
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """Leave out each round's time, and parameters that are printed Python objects; `name` and `group` say the same."""
+    for row in output_json["benchmarks"]:
+        del row["params"]
+        row["stats"].pop("data", None)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return os.environ.get("KOLORS_FAST_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")

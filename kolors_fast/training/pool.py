@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .streams import Streams
 
 STORED_TOKENS = 64  # longest caption that is kept; the longest of the shapes world has about 45
 _ENCODED_PIXELS = 16 * 256 * 256  # at a time
+_PARTS = tuple(part.name for part in fields(EncodedCaptions))
 _EPOCH_STREAM = 2**30  # steps of this stream count epochs
 
 
@@ -72,54 +74,56 @@ def build_pool(
     cache: Path,
 ) -> LatentPool:
     """A pool of `count` training scenes, read from the file `cache` where it exists, else made and written there."""
-    sizes = make_buckets(stage.area**2, stage.shortest, stage.longest, stage.divisor)
     if not cache.exists():
+        rng = streams.numpy(_EPOCH_STREAM - 1)
+        stored: dict[str, Tensor] = {}
+        with tqdm(total=count, desc="latents", unit="scene", disable=streams.rank > 0, mininterval=10) as bar:
+            for size, scenes in _draw_scenes(stage, count, rng).items():
+                texts = [caption(scene, rng)[0] for scene in scenes for _ in range(stage.captions)]
+                ids = torch.stack([_stored(tokenizer.encode(text)) for text in [*texts, ""]])
+                encoded = encode_captions(text_encoder, ids)
+                stored |= {_key(part, size): getattr(encoded, part) for part in _PARTS}
+                stored[_key("latents", size)] = _encode_all(vae, scenes, size, bar)
         cache.parent.mkdir(parents=True, exist_ok=True)
         scratch = cache.with_name(f".{cache.name}.tmp")
-        save_file(_make(vae, text_encoder, tokenizer, stage, streams, count, sizes), scratch)
+        save_file(stored, scratch)
         scratch.replace(cache)
     stored = load_file(cache)
     buckets = []
-    for height, width in sizes:
-        name = f"{height}x{width}"
-        if f"latents.{name}" in stored:
-            captions = EncodedCaptions(*(stored[f"{part}.{name}"] for part in ("states", "starts", "pooled")))
-            buckets.append(Bucket((height, width), stored[f"latents.{name}"], captions))
+    for size in _sizes(stage):
+        if _key("latents", size) in stored:
+            captions = EncodedCaptions(*(stored[_key(part, size)] for part in _PARTS))
+            buckets.append(Bucket(size, stored[_key("latents", size)], captions))
     return LatentPool(buckets, streams)
 
 
-def _make(
-    vae: AutoencoderKL,
-    text_encoder: ChatGLM,
-    tokenizer: ChatGLMTokenizer,
-    stage: EpsilonStage,
-    streams: Streams,
-    count: int,
-    sizes: list[Size],
-) -> dict[str, Tensor]:
-    rng = streams.numpy(_EPOCH_STREAM - 1)
+def _key(part: str, size: Size) -> str:
+    return f"{part}.{size[0]}x{size[1]}"
+
+
+def _sizes(stage: EpsilonStage) -> list[Size]:
+    return make_buckets(stage.area**2, stage.shortest, stage.longest, stage.divisor)
+
+
+def _draw_scenes(stage: EpsilonStage, count: int, rng: np.random.Generator) -> dict[Size, list[Scene]]:
+    """Training scenes by the size of the bucket they fall into; no bucket is empty."""
+    sizes = _sizes(stage)
     scenes: dict[Size, list[Scene]] = {size: [] for size in sizes}
     for _ in range(count):
         square = len(sizes) == 1 or rng.random() < stage.square_share
         aspect = 1.0 if square else float(np.exp(rng.uniform(-np.log(2), np.log(2))))
         scenes[sizes[nearest_bucket(sizes, aspect)]].append(sample_training(rng)[0])
-    stored: dict[str, Tensor] = {}
-    with tqdm(total=count, desc="latents", unit="scene", disable=streams.rank > 0, mininterval=10) as bar:
-        for (height, width), members in scenes.items():
-            if not members:
-                continue
-            name = f"{height}x{width}"
-            texts = [caption(scene, rng)[0] for scene in members for _ in range(stage.captions)]
-            ids = torch.stack([_stored(tokenizer.encode(text)) for text in [*texts, ""]])
-            encoded = encode_captions(text_encoder, ids)
-            stored |= {f"{part}.{name}": getattr(encoded, part) for part in ("states", "starts", "pooled")}
-            latents = []
-            for start in range(0, len(members), at_once := max(1, _ENCODED_PIXELS // (height * width))):
-                some = members[start : start + at_once]
-                latents.append(encode_scenes(vae, some, height, width))
-                bar.update(len(some))
-            stored[f"latents.{name}"] = torch.cat(latents).half().contiguous()
-    return stored
+    return {size: members for size, members in scenes.items() if members}
+
+
+def _encode_all(vae: AutoencoderKL, scenes: list[Scene], size: Size, bar: tqdm[Any]) -> Tensor:
+    """Latents of all scenes, a few at a time: fp16 [N, C, h, w]."""
+    at_once = max(1, _ENCODED_PIXELS // (size[0] * size[1]))
+    latents = []
+    for start in range(0, len(scenes), at_once):
+        latents.append(encode_scenes(vae, scenes[start : start + at_once], *size))
+        bar.update(len(latents[-1]))
+    return torch.cat(latents).half().contiguous()
 
 
 @torch.no_grad()
