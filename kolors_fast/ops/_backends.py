@@ -30,7 +30,7 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Column:
-    """One backend of one op: the launchers, and what else than device and dtype makes it decline."""
+    """One backend of one op: the launchers, and what else than device and dtype makes it decline a call."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
@@ -105,9 +105,9 @@ class use_backend:
         _forced = self._before
 
 
-def declined(backend: str, columns: Mapping[str, Column], args: tuple[Any, ...]) -> str | None:
-    """Why `backend` does not run this call, or None. `args[0]` is the tensor that names device and dtype."""
-    x: Tensor = args[0]
+def declined(backend: str, columns: Mapping[str, Column], call: tuple[Any, ...]) -> str | None:
+    """Why `backend` does not run this call, or None. `call[0]` is the tensor that names device and dtype."""
+    x: Tensor = call[0]
     if backend not in columns:
         return "the op has no such column"
     if backend == "reference":
@@ -121,39 +121,39 @@ def declined(backend: str, columns: Mapping[str, Column], args: tuple[Any, ...])
     if x.dtype not in _FUSED_DTYPES:
         return f"computes float32, float16 and bfloat16, got {x.dtype}"
     column = columns[backend]
-    return column.declines(*args) if column.declines is not None else None
+    return column.declines(call) if column.declines is not None else None
 
 
-def choose(op: str, columns: Mapping[str, Column], args: tuple[Any, ...]) -> str:
+def choose(op: str, columns: Mapping[str, Column], call: tuple[Any, ...]) -> str:
     """The backend that runs this call.
 
     Raises:
         BackendError: a backend was forced and declines.
     """
     if _forced is not None:
-        if reason := declined(_forced, columns, args):
+        if reason := declined(_forced, columns, call):
             raise BackendError(f"{op}: backend {_forced!r} was asked for and declines: {reason}")
         return _forced
-    for backend in _ORDER.get(args[0].device.type, ("reference",)):
-        if declined(backend, columns, args) is None:
+    for backend in _ORDER.get(call[0].device.type, ("reference",)):
+        if declined(backend, columns, call) is None:
             return backend
     return "reference"
 
 
-def reasons(op: str, columns: Mapping[str, Column], args: tuple[Any, ...]) -> dict[str, str]:
+def reasons(op: str, columns: Mapping[str, Column], call: tuple[Any, ...]) -> dict[str, str]:
     """For every backend either "runs" or the reason why it does not."""
-    chosen = choose(op, columns, args)
-    order = _ORDER.get(args[0].device.type, ("reference",))
+    chosen = choose(op, columns, call)
+    order = _ORDER.get(call[0].device.type, ("reference",))
     table: dict[str, str] = {}
     for backend in BACKENDS:
         if backend == chosen:
             table[backend] = "runs" + (" (asked for by name)" if _forced else "")
-        elif reason := declined(backend, columns, args):
+        elif reason := declined(backend, columns, call):
             table[backend] = f"declines: {reason}"
         elif _forced:
             table[backend] = f"could run, but {_forced!r} was asked for by name"
         elif backend not in order:
-            table[backend] = f"could run, but only when asked for by name on {args[0].device.type} tensors"
+            table[backend] = f"could run, but only when asked for by name on {call[0].device.type} tensors"
         else:
             table[backend] = f"could run, but {chosen!r} comes first"
     return table

@@ -50,7 +50,7 @@ class OpSpec:
         function: the public function.
         reference: plain PyTorch, fp32 inside (float64 for float64): the definition.
         eager: what a PyTorch user writes today, in the input dtype: the rival in errors and in time.
-        prepare: public arguments -> canonical positional arguments of the launchers, checked.
+        prepare: public arguments -> the op's `Call`, checked: what the registered op and the launchers take.
         columns: the launchers of each backend, in no order (design: `_backends._ORDER`).
         gradients: names of the arguments that a gradient is defined for.
         bytes_moved, flops: of one forward call with these inputs, each tensor counted once.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,20 @@ from . import _backends, _layout, _library
 from ._group_norm_silu_cases import CASES
 from ._spec import Inputs, OpSpec
 
-Args = tuple[Any, ...]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class Call(NamedTuple):
+    """A checked call: what the registered op takes, in its order, and what every launcher reads."""
+
+    x: Tensor  # [N, C, *spatial]
+    skip: Tensor | None  # [N, Cs, *spatial]
+    weight: Tensor  # [C + Cs]
+    bias: Tensor  # [C + Cs]
+    channel_add: Tensor | None  # [N, C + Cs]
+    num_groups: int
+    eps: float
+    silu: bool
 
 
 def group_norm_silu(
@@ -53,14 +67,14 @@ def group_norm_silu(
     Source: Wu & He, Group Normalization, arXiv 1803.08494; the split reduction merges partial moments as in
     Chan, Golub & LeVeque, 1983.
     """
-    args = _prepare(x, num_groups, weight, bias, eps, skip=skip, channel_add=channel_add, activation=activation)
+    call = _prepare(x, num_groups, weight, bias, eps, skip=skip, channel_add=channel_add, activation=activation)
     if _library.tracing(x):
-        y: Tensor = _forward_op(*args)[0]
+        y: Tensor = _forward_op(*call)[0]
         return y
-    if _library.wants_grad(args[:5]):
-        y = _GroupNormSiLU.apply(*args)[0]
+    if _library.wants_grad(call[:5]):
+        y = _GroupNormSiLU.apply(*call)[0]
         return y
-    return _forward(*args)[0]
+    return _forward(*call)[0]
 
 
 def _prepare(
@@ -73,8 +87,8 @@ def _prepare(
     skip: Tensor | None = None,
     channel_add: Tensor | None = None,
     activation: str | None = "silu",
-) -> Args:
-    """Check the public arguments and put them in the launchers' order."""
+) -> Call:
+    """Check the public arguments."""
     if x.dim() < 2:
         raise ValueError(f"group_norm_silu: x: expected [N, C, *spatial], got {list(x.shape)}")
     if not x.dtype.is_floating_point:
@@ -104,7 +118,7 @@ def _prepare(
         raise ValueError(f"group_norm_silu: activation: expected 'silu' or None, got {activation!r}")
     if not eps >= 0:
         raise ValueError(f"group_norm_silu: eps: expected a number >= 0, got {eps}")
-    return x, skip, weight, bias, channel_add, num_groups, float(eps), activation == "silu"
+    return Call(x, skip, weight, bias, channel_add, num_groups, float(eps), activation == "silu")
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype) -> None:
@@ -117,87 +131,54 @@ def _check_like(name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype) -> Non
 # ---- reference column
 
 
-def reference(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
-    *,
-    skip: Tensor | None = None,
-    channel_add: Tensor | None = None,
-    activation: str | None = "silu",
-) -> Tensor:
+def reference(*args: Any, **options: Any) -> Tensor:
     """The definition, in plain PyTorch: fp32 inside, float64 for float64."""
-    args = _prepare(x, num_groups, weight, bias, eps, skip=skip, channel_add=channel_add, activation=activation)
-    return _reference_forward(*args)[0]
+    return _reference_forward(_prepare(*args, **options))[0]
 
 
-def _joined(x: Tensor, skip: Tensor | None, channel_add: Tensor | None, wide: torch.dtype) -> Tensor:
-    h = x.to(wide) if skip is None else torch.cat([x, skip], dim=1).to(wide)  # [N, C + Cs, *spatial]
-    return h if channel_add is None else h + _per_channel(channel_add.to(wide), h)
+def _joined(call: Call) -> Tensor:
+    """concat(x, skip) + channel_add in fp32 or float64: [N, C + Cs, *spatial]."""
+    wide = torch.promote_types(call.x.dtype, torch.float32)
+    h = call.x.to(wide) if call.skip is None else torch.cat([call.x, call.skip], dim=1).to(wide)
+    return h if call.channel_add is None else h + _per_channel(call.channel_add, h)
 
 
 def _per_channel(value: Tensor, h: Tensor) -> Tensor:
-    """[C] or [N, C] -> broadcastable over h [N, C, *spatial]."""
-    return value.reshape(-1, h.shape[1], *[1] * (h.dim() - 2))
+    """[C] or [N, C] -> broadcastable over h [N, C, *spatial], in its dtype."""
+    return value.to(h.dtype).reshape(-1, h.shape[1], *[1] * (h.dim() - 2))
 
 
-def _reference_forward(
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    channel_add: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    h = _joined(x, skip, channel_add, wide)
-    groups = _grouped(h, num_groups)
+def _reference_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    h = _joined(call)
+    groups = _grouped(h, call.num_groups)
     mean = groups.mean(dim=2, keepdim=True)
-    rstd = torch.rsqrt((groups - mean).square().mean(dim=2, keepdim=True) + eps)
-    u = ((groups - mean) * rstd).reshape(h.shape) * _per_channel(weight.to(wide), h)
-    u = u + _per_channel(bias.to(wide), h)
-    y = (F.silu(u) if silu else u).to(x.dtype)
-    return _layout.as_layout(y, _layout.is_channels_last(x)), mean.squeeze(2), rstd.squeeze(2)
+    rstd = torch.rsqrt((groups - mean).square().mean(dim=2, keepdim=True) + call.eps)
+    u = ((groups - mean) * rstd).reshape(h.shape) * _per_channel(call.weight, h) + _per_channel(call.bias, h)
+    y = (F.silu(u) if call.silu else u).to(call.x.dtype)
+    return _layout.as_layout(y, _layout.is_channels_last(call.x)), mean.squeeze(2), rstd.squeeze(2)
 
 
-def _reference_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    channel_add: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    silu: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+def _reference_backward(call: Call, grad_y: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]) -> Gradients:
     """With u = x_hat*w + b and g = dL/du: dx = rstd * (g*w - mean(g*w) - x_hat * mean(g*w*x_hat))."""
-    wide = mean.dtype
-    h = _joined(x, skip, channel_add, wide)
-    shape, groups = h.shape, _grouped(h, num_groups)
-    x_hat = ((groups - mean[..., None]) * rstd[..., None]).reshape(shape)
-    w = _per_channel(weight.to(wide), h)
-    g = grad_y.to(wide)
-    if silu:
-        u = x_hat * w + _per_channel(bias.to(wide), h)
+    h = _joined(call)
+    shape, groups = h.shape, _grouped(h, call.num_groups)
+    n_hat = (groups - mean[..., None]) * rstd[..., None]  # [N, G, C/G * HW]
+    x_hat = n_hat.reshape(shape)
+    w = _per_channel(call.weight, h)
+    g = grad_y.to(h.dtype)
+    if call.silu:
+        u = x_hat * w + _per_channel(call.bias, h)
         s = torch.sigmoid(u)
         g = g * s * (1 + u * (1 - s))
-    over = [0, *range(2, h.dim())]
-    gw = (g * w).reshape(groups.shape)  # [N, G, C/G * HW]
-    n_hat = x_hat.reshape(groups.shape)
+    gw = (g * w).reshape(groups.shape)
     grad_h = gw - gw.mean(2, keepdim=True) - n_hat * (gw * n_hat).mean(2, keepdim=True)
     grad_h = (grad_h * rstd[..., None]).reshape(shape)
-    last = _layout.is_channels_last(x)
-    grad_x = _layout.as_layout(grad_h[:, : x.shape[1]].to(x.dtype), last)
-    grad_skip = None if skip is None else _layout.as_layout(grad_h[:, x.shape[1] :].to(x.dtype), last)
-    grad_add = None if channel_add is None else grad_h.sum(over[1:]) if over[1:] else grad_h
-    return grad_x, grad_skip, (g * x_hat).sum(over), g.sum(over), grad_add
+    spatial = list(range(2, h.dim()))
+    last, channels = _layout.is_channels_last(call.x), call.x.shape[1]
+    grad_x = _layout.as_layout(grad_h[:, :channels].to(call.x.dtype), last)
+    grad_skip = None if call.skip is None else _layout.as_layout(grad_h[:, channels:].to(call.x.dtype), last)
+    grad_add = None if call.channel_add is None else grad_h.sum(spatial) if spatial else grad_h
+    return grad_x, grad_skip, (g * x_hat).sum([0, *spatial]), g.sum([0, *spatial]), grad_add
 
 
 def _grouped(h: Tensor, num_groups: int) -> Tensor:
@@ -224,25 +205,16 @@ def _eager(
 # ---- extension columns (C++ and CUDA C++ export the same functions)
 
 
-def _extension_forward(
-    name: str,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    channel_add: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _extension_forward(name: str, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     module: Any = _backends.extension(name)
-    last, n, c, c_skip, hw = _geometry(x, skip)
+    x, skip, weight, bias, channel_add, num_groups, eps, silu = call
+    last, n, c, c_skip, hw = _geometry(call)
     y = _layout.empty((n, c + c_skip, *x.shape[2:]), last, x)
     mean = x.new_empty((n, num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     p = _library.pointer
     with guard(x):
-        scratch = _workspace(module, x, n, c + c_skip, hw, num_groups, last, backward=False)
+        scratch = _workspace(module, call, backward=False)
         module.group_norm_silu_forward(
             p(x), p(skip), p(weight), p(bias), p(channel_add), p(y), p(mean), p(rstd), p(scratch),
             n, c, c_skip, hw, num_groups, eps, silu, last,
@@ -252,21 +224,11 @@ def _extension_forward(
 
 
 def _extension_backward(
-    name: str,
-    grad_y: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    channel_add: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    silu: bool,
-    needs: list[bool],
-) -> tuple[Tensor | None, ...]:
+    name: str, call: Call, grad_y: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]
+) -> Gradients:
     module: Any = _backends.extension(name)
-    last, n, c, c_skip, hw = _geometry(x, skip)
+    x, skip, weight, bias, channel_add, num_groups, _, silu = call
+    last, n, c, c_skip, hw = _geometry(call)
     grad_x = _layout.empty(x.shape, last, x) if needs[0] else None
     grad_skip = _layout.empty(skip.shape, last, x) if skip is not None and needs[1] else None
     grad_weight = mean.new_empty(c + c_skip) if needs[2] else None
@@ -274,7 +236,7 @@ def _extension_backward(
     grad_add = mean.new_empty((n, c + c_skip)) if channel_add is not None and needs[4] else None
     p = _library.pointer
     with guard(x):
-        scratch = _workspace(module, x, n, c + c_skip, hw, num_groups, last, backward=True)
+        scratch = _workspace(module, call, backward=True)
         module.group_norm_silu_backward(
             p(grad_y), p(x), p(skip), p(weight), p(bias), p(channel_add), p(mean), p(rstd),
             p(grad_x), p(grad_skip), p(grad_weight), p(grad_bias), p(grad_add), p(scratch),
@@ -284,171 +246,113 @@ def _extension_backward(
     return grad_x, grad_skip, grad_weight, grad_bias, grad_add
 
 
-def _geometry(x: Tensor, skip: Tensor | None) -> tuple[bool, int, int, int, int]:
-    last = _layout.is_channels_last(x)
-    return last, x.shape[0], x.shape[1], 0 if skip is None else skip.shape[1], math.prod(x.shape[2:])
+def _geometry(call: Call) -> tuple[bool, int, int, int, int]:
+    """Whether channels are last, N, C, Cs and the product of the spatial sides."""
+    x, skip = call.x, call.skip
+    c_skip = 0 if skip is None else skip.shape[1]
+    return _layout.is_channels_last(x), x.shape[0], x.shape[1], c_skip, math.prod(x.shape[2:])
 
 
-def _workspace(
-    module: Any, x: Tensor, n: int, channels: int, hw: int, num_groups: int, last: bool, *, backward: bool
-) -> Tensor | None:
-    size = module.group_norm_silu_workspace(n, channels, hw, num_groups, last, backward)
-    return x.new_empty(size, dtype=torch.uint8) if size else None
+def _workspace(module: Any, call: Call, *, backward: bool) -> Tensor | None:
+    last, n, c, c_skip, hw = _geometry(call)
+    size = module.group_norm_silu_workspace(n, c + c_skip, hw, call.num_groups, last, backward)
+    return call.x.new_empty(size, dtype=torch.uint8) if size else None
 
 
 # ---- Triton column
 
 
-def _triton_forward(
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    channel_add: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     from kolors_fast.kernels import group_norm_silu as kernel  # triton is imported at first use
 
-    last = _layout.is_channels_last(x)
-    outputs: tuple[Tensor, Tensor, Tensor] = kernel.forward(
-        x, skip, weight, bias, channel_add, num_groups, eps, silu, last
-    )
+    outputs: tuple[Tensor, Tensor, Tensor] = kernel.forward(*call, _layout.is_channels_last(call.x))
     return outputs
 
 
-def _triton_backward(*args: Any) -> tuple[Tensor | None, ...]:
+def _triton_backward(call: Call, grad_y: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]) -> Gradients:
     from kolors_fast.kernels import group_norm_silu as kernel
 
-    *tensors_and_flags, needs = args
-    last = _layout.is_channels_last(args[1])
-    grads: tuple[Tensor | None, ...] = kernel.backward(*tensors_and_flags, last, tuple(needs))
+    tensors, last = call[:5], _layout.is_channels_last(call.x)
+    grads: Gradients = kernel.backward(grad_y, *tensors, mean, rstd, call.num_groups, call.silu, last, tuple(needs))
     return grads
 
 
 COLUMNS = {
     "reference": _backends.Column(_reference_forward, _reference_backward),
-    "cpu": _backends.Column(
-        lambda *args: _extension_forward("cpu", *args), lambda *args: _extension_backward("cpu", *args)
-    ),
+    "cpu": _backends.Column(partial(_extension_forward, "cpu"), partial(_extension_backward, "cpu")),
     "triton": _backends.Column(_triton_forward, _triton_backward),
-    "cuda": _backends.Column(
-        lambda *args: _extension_forward("cuda", *args), lambda *args: _extension_backward("cuda", *args)
-    ),
+    "cuda": _backends.Column(partial(_extension_forward, "cuda"), partial(_extension_backward, "cuda")),
 }
 
 
 # ---- from a call to a launcher: the direct route and the registered op share these
 
 
-def _forward(
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    channel_add: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    last = _layout.is_channels_last(x)
-    x = _layout.as_layout(x, last)
-    skip = None if skip is None else _layout.as_layout(skip, last)
-    channel_add = None if channel_add is None else channel_add.contiguous()
-    args = (x, skip, weight.contiguous(), bias.contiguous(), channel_add, num_groups, eps, silu)
-    column = COLUMNS[_backends.choose("group_norm_silu", COLUMNS, args)]
-    if x.numel() == 0 and (skip is None or skip.numel() == 0):
-        return _forward_fake(*args)  # empty: shapes are all there is
-    outputs: tuple[Tensor, Tensor, Tensor] = column.forward(*args)
-    return outputs
-
-
-def _forward_fake(
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    channel_add: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-    y = _layout.empty((x.shape[0], channels, *x.shape[2:]), _layout.is_channels_last(x), x)
-    statistics = torch.promote_types(x.dtype, torch.float32)
-    mean = x.new_empty((x.shape[0], num_groups), dtype=statistics)
-    return y, mean, torch.empty_like(mean)
-
-
-def _backward(
-    grad_y: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    channel_add: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    silu: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    last = _layout.is_channels_last(x)
-    x, grad_y = _layout.as_layout(x, last), _layout.as_layout(grad_y, last)
-    skip = None if skip is None else _layout.as_layout(skip, last)
-    channel_add = None if channel_add is None else channel_add.contiguous()
-    args = (
-        grad_y, x, skip, weight.contiguous(), bias.contiguous(), channel_add, mean, rstd, num_groups, silu, needs,
-    )  # fmt: skip
-    if grad_y.numel() == 0:
-        empty = _backward_fake(*args)
-        return empty[0], empty[1], empty[2].zero_(), empty[3].zero_(), empty[4].zero_()
-    chosen = _backends.choose("group_norm_silu", COLUMNS, (x, *args))
-    grads = COLUMNS[chosen].backward(*args)  # type: ignore[misc]  # every column has one
-    like = (x, x if skip is None else skip, weight, bias, x if channel_add is None else channel_add)
-    # a schema has no optional results, so "not wanted" travels as an empty tensor
-    wanted = [
-        g.to(t.dtype) if g is not None and need else t.new_empty(0)
-        for g, t, need in zip(grads, like, needs, strict=True)
-    ]
-    return wanted[0], wanted[1], wanted[2], wanted[3], wanted[4]
-
-
-def _backward_fake(
-    grad_y: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    channel_add: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    silu: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    last = _layout.is_channels_last(x)
-    return (
-        _layout.empty(x.shape, last, x) if needs[0] else x.new_empty(0),
-        _layout.empty(skip.shape, last, x) if skip is not None and needs[1] else x.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[2] else weight.new_empty(0),
-        torch.empty_like(bias, memory_format=torch.contiguous_format) if needs[3] else bias.new_empty(0),
-        x.new_empty(channel_add.shape) if channel_add is not None and needs[4] else x.new_empty(0),
+def _dense(call: Call) -> Call:
+    """The same call on dense tensors, skip in the layout of x: what the kernels read."""
+    last = _layout.is_channels_last(call.x)
+    return Call(
+        _layout.as_layout(call.x, last),
+        None if call.skip is None else _layout.as_layout(call.skip, last),
+        call.weight.contiguous(),
+        call.bias.contiguous(),
+        None if call.channel_add is None else call.channel_add.contiguous(),
+        *call[5:],
     )
 
 
-def _setup_context(ctx: Any, inputs: Args, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, skip, weight, bias, channel_add, ctx.num_groups, _, ctx.silu = inputs
-    ctx.save_for_backward(x, skip, weight, bias, channel_add, output[1], output[2])
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the mean and rstd [N, G] of every group, which the backward pass reads."""
+    call = _dense(Call(*args))
+    column = COLUMNS[_backends.choose("group_norm_silu", COLUMNS, call)]
+    if call.x.numel() == 0 and (call.skip is None or call.skip.numel() == 0):
+        return _forward_fake(*call)  # empty: shapes are all there is
+    outputs: tuple[Tensor, Tensor, Tensor] = column.forward(call)
+    return outputs
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(*args)
+    last, n, c, c_skip, _ = _geometry(call)
+    y = _layout.empty((n, c + c_skip, *call.x.shape[2:]), last, call.x)
+    mean = call.x.new_empty((n, call.num_groups), dtype=torch.promote_types(call.x.dtype, torch.float32))
+    return y, mean, torch.empty_like(mean)
+
+
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    """Gradients of x, skip, weight, bias and channel_add, empty where not wanted: a schema has no optional results."""
+    call, (grad_y, mean, rstd, needs) = _dense(Call(*args[:-4])), args[-4:]
+    grad_y = _layout.as_layout(grad_y, _layout.is_channels_last(call.x))
+    if grad_y.numel() == 0:
+        return tuple(grad.zero_() for grad in _backward_fake(*call, grad_y, mean, rstd, needs))
+    column = COLUMNS[_backends.choose("group_norm_silu", COLUMNS, call)]
+    grads = column.backward(call, grad_y, mean, rstd, needs)  # type: ignore[misc]  # every column has one
+    return tuple(
+        call.x.new_empty(0) if grad is None or like is None or not need else grad.to(like.dtype)
+        for grad, like, need in zip(grads, call[:5], needs, strict=True)
+    )
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    call, needs = Call(*args[:-4]), args[-1]
+    last = _layout.is_channels_last(call.x)
+    return tuple(
+        call.x.new_empty(0) if like is None or not need else _layout.empty(like.shape, last, like)
+        for like, need in zip(call[:5], needs, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output[1:])
+    ctx.rest = inputs[5:]
 
 
 def _autograd_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
     grad_y: Tensor = grad_outputs[0]  # mean and rstd are for us alone
-    x, skip, weight, bias, channel_add, mean, rstd = ctx.saved_tensors
+    *tensors, mean, rstd = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
     run = _backward_op if _library.tracing(grad_y) else _backward
-    grads = run(grad_y, x, skip, weight, bias, channel_add, mean, rstd, ctx.num_groups, ctx.silu, needs)
+    grads = run(*tensors, *ctx.rest, grad_y, mean, rstd, needs)
     wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     return (*wanted, None, None, None)
 
@@ -459,15 +363,15 @@ class _GroupNormSiLU(torch.autograd.Function):
     backward = staticmethod(torch.autograd.function.once_differentiable(_autograd_backward))  # type: ignore[assignment]
 
 
-_TENSORS = "Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? channel_add"
+_CALL = "Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? channel_add, int num_groups, float eps, bool silu"
 _forward_op = _library.define(
-    f"group_norm_silu({_TENSORS}, int num_groups, float eps, bool silu) -> (Tensor, Tensor, Tensor)",
+    f"group_norm_silu({_CALL}) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _backward_op = _library.define(
-    f"group_norm_silu_backward(Tensor grad_y, {_TENSORS}, Tensor mean, Tensor rstd, int num_groups, bool silu, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"group_norm_silu_backward({_CALL}, Tensor grad_y, Tensor mean, Tensor rstd, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

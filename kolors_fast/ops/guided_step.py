@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from functools import partial
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +13,18 @@ from kolors_fast.kernels.device import guard
 from . import _backends, _layout, _library
 from ._spec import Case, Inputs, OpSpec
 
-Args = tuple[Any, ...]
+
+class Call(NamedTuple):
+    """A checked call: what the registered op takes, in its order, and what every launcher reads."""
+
+    sample: Tensor  # [B, ...]
+    predictions: Tensor  # [P*B, ...]
+    weights: Tensor  # [P]
+    coefficients: Tensor  # [6] or [steps, 6]
+    row: Tensor | None  # [1]
+    previous: Tensor | None
+    noise: Tensor | None
+    return_denoised: bool
 
 
 @overload
@@ -65,7 +77,7 @@ def guided_step(
     Args:
         sample: [B, ...], float32, float16, bfloat16 (float64: reference only).
         predictions: [P*B, ...], the model's output, P predictions stacked on the batch axis.
-        weights: float32 [P], P from 1 to 3.
+        weights: float32 [P], P from 1 to 3 (float64 may go with a float64 sample, for coefficients too).
         coefficients: float32 [6], or [steps, 6] with `row`.
         previous: like sample: what a multistep sampler kept, normally the last step's `denoised`.
         noise: like sample.
@@ -81,12 +93,12 @@ def guided_step(
     Source: Karras et al., arXiv 2206.00364 (samplers as one affine family); Ho & Salimans, arXiv 2207.12598
     (guidance); Lu et al., arXiv 2211.01095 (multistep).
     """
-    args = _prepare(
+    call = _prepare(
         sample, predictions, weights, coefficients,
         previous=previous, noise=noise, row=row, return_denoised=return_denoised,
     )  # fmt: skip
     run = _step_op if _library.tracing(sample) else _step
-    after, denoised = run(*args)
+    after, denoised = run(*call)
     return (after, denoised) if return_denoised else after
 
 
@@ -100,8 +112,8 @@ def _prepare(
     noise: Tensor | None = None,
     row: Tensor | None = None,
     return_denoised: bool = False,
-) -> Args:
-    """Check the public arguments and put them in the launchers' order."""
+) -> Call:
+    """Check the public arguments."""
     if sample.dim() < 1 or not sample.dtype.is_floating_point:
         got = f"{sample.dtype} {list(sample.shape)}"
         raise TypeError(f"guided_step: sample: expected a floating tensor [B, ...], got {got}")
@@ -116,8 +128,9 @@ def _prepare(
         raise ValueError(f"guided_step: coefficients: expected {shape}, got {list(coefficients.shape)}")
     if row is not None and row.numel() != 1:
         raise ValueError(f"guided_step: row: expected one element, got {list(row.shape)}")
-    tensors = [("predictions", predictions, sample.dtype), ("weights", weights, torch.float32)]
-    tensors += [("coefficients", coefficients, torch.float32)]
+    control = torch.float64 if sample.dtype == weights.dtype == torch.float64 else torch.float32
+    tensors = [("predictions", predictions, sample.dtype), ("weights", weights, control)]
+    tensors += [("coefficients", coefficients, control)]
     if row is not None:
         tensors.append(("row", row, torch.int64))
     for name, value in (("previous", previous), ("noise", noise)):
@@ -132,54 +145,32 @@ def _prepare(
             raise ValueError(f"guided_step: {name}: expected a tensor on {sample.device}, got {tensor.device}")
     if _library.wants_grad((sample, predictions, previous, noise)):
         raise ValueError("guided_step: expected inputs without gradient, got requires_grad=True (no backward)")
-    return sample, predictions, weights, coefficients, row, previous, noise, return_denoised
+    return Call(sample, predictions, weights, coefficients, row, previous, noise, return_denoised)
 
 
 # ---- reference column
 
 
-def reference(
-    sample: Tensor,
-    predictions: Tensor,
-    weights: Tensor,
-    coefficients: Tensor,
-    *,
-    previous: Tensor | None = None,
-    noise: Tensor | None = None,
-    row: Tensor | None = None,
-    return_denoised: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+def reference(*args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """The definition, in plain PyTorch: fp32 inside, float64 for float64."""
-    wide = torch.promote_types(sample.dtype, torch.float32)
-    c = (coefficients if row is None else coefficients.index_select(0, row.reshape(1))[0]).to(wide)
-    x = sample.to(wide)
+    after, denoised = _reference_step(_prepare(*args, **options))
+    return after if denoised is None else (after, denoised)
+
+
+def _reference_step(call: Call) -> tuple[Tensor, Tensor | None]:
+    wide = torch.promote_types(call.sample.dtype, torch.float32)
+    c = call.coefficients if call.row is None else call.coefficients.index_select(0, call.row.reshape(1))[0]
+    c, x = c.to(wide), call.sample.to(wide)
     guided = torch.zeros_like(x)
-    for weight, prediction in zip(weights.to(wide), predictions.to(wide).chunk(len(weights)), strict=True):
-        guided = guided + weight * prediction
+    for weight, prediction in zip(call.weights.to(wide), call.predictions.chunk(len(call.weights)), strict=True):
+        guided = guided + weight * prediction.to(wide)
     after = c[0] * x + c[1] * guided
-    if previous is not None:
-        after = after + c[2] * previous.to(wide)
-    if noise is not None:
-        after = after + c[3] * noise.to(wide)
-    after = after.to(sample.dtype)
-    return (after, (c[4] * x + c[5] * guided).to(sample.dtype)) if return_denoised else after
-
-
-def _reference_step(
-    sample: Tensor,
-    predictions: Tensor,
-    weights: Tensor,
-    coefficients: Tensor,
-    row: Tensor | None,
-    previous: Tensor | None,
-    noise: Tensor | None,
-    return_denoised: bool,
-) -> tuple[Tensor, Tensor | None]:
-    outputs = reference(
-        sample, predictions, weights, coefficients,
-        previous=previous, noise=noise, row=row, return_denoised=return_denoised,
-    )  # fmt: skip
-    return outputs if isinstance(outputs, tuple) else (outputs, None)
+    if call.previous is not None:
+        after = after + c[2] * call.previous.to(wide)
+    if call.noise is not None:
+        after = after + c[3] * call.noise.to(wide)
+    denoised = (c[4] * x + c[5] * guided).to(call.sample.dtype) if call.return_denoised else None
+    return after.to(call.sample.dtype), denoised
 
 
 def _eager(
@@ -205,18 +196,9 @@ def _eager(
 # ---- extension columns (C++ and CUDA C++ export the same function)
 
 
-def _extension_step(
-    name: str,
-    sample: Tensor,
-    predictions: Tensor,
-    weights: Tensor,
-    coefficients: Tensor,
-    row: Tensor | None,
-    previous: Tensor | None,
-    noise: Tensor | None,
-    return_denoised: bool,
-) -> tuple[Tensor, Tensor | None]:
+def _extension_step(name: str, call: Call) -> tuple[Tensor, Tensor | None]:
     module: Any = _backends.extension(name)
+    sample, predictions, weights, coefficients, row, previous, noise, return_denoised = call
     after = torch.empty_like(sample)
     denoised = torch.empty_like(sample) if return_denoised else None
     p = _library.pointer
@@ -231,63 +213,54 @@ def _extension_step(
 # ---- Triton column
 
 
-def _triton_step(*args: Any) -> tuple[Tensor, Tensor | None]:
+def _triton_step(call: Call) -> tuple[Tensor, Tensor | None]:
     from kolors_fast.kernels import guided_step as kernel  # triton is imported at first use
 
-    outputs: tuple[Tensor, Tensor | None] = kernel.step(*args)
+    outputs: tuple[Tensor, Tensor | None] = kernel.step(*call)
     return outputs
 
 
 COLUMNS = {
     "reference": _backends.Column(_reference_step),
-    "cpu": _backends.Column(lambda *args: _extension_step("cpu", *args)),
+    "cpu": _backends.Column(partial(_extension_step, "cpu")),
     "triton": _backends.Column(_triton_step),
-    "cuda": _backends.Column(lambda *args: _extension_step("cuda", *args)),
+    "cuda": _backends.Column(partial(_extension_step, "cuda")),
 }
 
 
 # ---- from a call to a launcher: the direct route and the registered op share this
 
 
-def _step(
-    sample: Tensor,
-    predictions: Tensor,
-    weights: Tensor,
-    coefficients: Tensor,
-    row: Tensor | None,
-    previous: Tensor | None,
-    noise: Tensor | None,
-    return_denoised: bool,
-) -> tuple[Tensor, Tensor]:
-    last = _layout.is_channels_last(sample)
-    # the kernels see flat arrays, so every tensor takes the sample's layout
-    sample, predictions = _layout.as_layout(sample, last), _layout.as_layout(predictions, last)
-    previous = None if previous is None else _layout.as_layout(previous, last)
-    noise = None if noise is None else _layout.as_layout(noise, last)
-    args = (
-        sample, predictions, weights.contiguous(), coefficients.contiguous(), row, previous, noise, return_denoised,
-    )  # fmt: skip
-    column = COLUMNS[_backends.choose("guided_step", COLUMNS, args)]
-    if sample.numel() == 0:
-        return _step_fake(*args)
-    after, denoised = column.forward(*args)
-    # a schema has no optional results, so "not wanted" travels as an empty tensor
-    return after, sample.new_empty(0) if denoised is None else denoised
+def _dense(call: Call) -> Call:
+    """The same call on dense tensors in the sample's layout: the kernels see flat arrays."""
+    last = _layout.is_channels_last(call.sample)
+    return Call(
+        _layout.as_layout(call.sample, last),
+        _layout.as_layout(call.predictions, last),
+        call.weights.contiguous(),
+        call.coefficients.contiguous(),
+        call.row,
+        None if call.previous is None else _layout.as_layout(call.previous, last),
+        None if call.noise is None else _layout.as_layout(call.noise, last),
+        call.return_denoised,
+    )
 
 
-def _step_fake(
-    sample: Tensor,
-    predictions: Tensor,
-    weights: Tensor,
-    coefficients: Tensor,
-    row: Tensor | None,
-    previous: Tensor | None,
-    noise: Tensor | None,
-    return_denoised: bool,
-) -> tuple[Tensor, Tensor]:
+def _step(*args: Any) -> tuple[Tensor, Tensor]:
+    """next and denoised, which is empty where it is not wanted: a schema has no optional results."""
+    call = _dense(Call(*args))
+    column = COLUMNS[_backends.choose("guided_step", COLUMNS, call)]
+    if call.sample.numel() == 0:
+        return _step_fake(*call)
+    after, denoised = column.forward(call)
+    return after, call.sample.new_empty(0) if denoised is None else denoised
+
+
+def _step_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    sample, wanted = args[0], Call(*args).return_denoised
     last = _layout.is_channels_last(sample)
     after = _layout.empty(sample.shape, last, sample)
-    return after, _layout.empty(sample.shape, last, sample) if return_denoised else sample.new_empty(0)
+    return after, _layout.empty(sample.shape, last, sample) if wanted else sample.new_empty(0)
 
 
 _step_op = _library.define(
