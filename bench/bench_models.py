@@ -2,13 +2,14 @@
 
     pytest bench/bench_models.py --benchmark-only
 
-The providers of a group share weights and inputs, and must agree before any of them is timed.
+The providers of a group share weights and inputs, and must agree before any of them is timed, in turns.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,21 +64,29 @@ def _unet_inputs(device: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_unet_step(benchmark: Any, provider: str, device: str) -> None:
-    torch.manual_seed(0)
-    rival = diffusers.UNet2DConditionModel(**SMALL_UNET).eval().to(device)
-    inputs = _unet_inputs(device)
-    run: Callable[..., Any] = rival
-    if provider == "diffusers_compile":
+def test_unet_step(race: Any, provider: str, device: str) -> None:
+    def line_up() -> dict[str, Any]:
+        torch.manual_seed(0)
+        inputs = _unet_inputs(device)
+        rival = diffusers.UNet2DConditionModel(**SMALL_UNET).eval().to(device)
+        ours = KolorsUNet(**SMALL_UNET).eval().to(device, memory_format=torch.channels_last)
+        ours.load_state_dict(rival.state_dict())
         torch.compiler.reset()
-        run = torch.compile(rival)
-    elif provider in ("reference", "kolors_fast"):
-        run = KolorsUNet(**SMALL_UNET).eval().to(device, memory_format=torch.channels_last)
-        run.load_state_dict(rival.state_dict())
-    with torch.no_grad(), use_backend("reference" if provider == "reference" else None):
-        torch.testing.assert_close(run(**inputs)[0], rival(**inputs)[0], rtol=1e-3, atol=1e-4)
-        benchmark.group, benchmark.name = "UNet step, 33M, latent 32x32, CFG batch 2, 256 text tokens", provider
-        benchmark.pedantic(lambda: run(**inputs), rounds=15, warmup_rounds=3)
+        models = {"diffusers": rival, "diffusers_compile": torch.compile(rival), "reference": ours, "kolors_fast": ours}
+        return _agreeing({name: partial(model, **inputs) for name, model in models.items()}, rtol=1e-3, atol=1e-4)
+
+    race("UNet step, 33M, latent 32x32, CFG batch 2, 256 text tokens", provider, line_up, rounds=15)
+
+
+def _agreeing(calls: dict[str, Callable[[], Any]], **tolerance: float) -> dict[str, Any]:
+    """The providers of a race, if the first output of each is the first provider's."""
+    providers = {name: (call, "reference" if name == "reference" else None) for name, call in calls.items()}
+    outputs = []
+    for call, backend in providers.values():
+        with torch.no_grad(), use_backend(backend):
+            outputs.append(call()[0])
+        torch.testing.assert_close(outputs[-1], outputs[0], **tolerance)
+    return providers
 
 
 def _diffusers_pipeline(compiled: bool) -> Any:
@@ -93,12 +102,12 @@ def _diffusers_pipeline(compiled: bool) -> Any:
     )
 
 
-def _picture(pipeline: Any, steps: int) -> np.ndarray[Any, Any]:
+def _picture(pipeline: Any) -> np.ndarray[Any, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         images = pipeline(
             "红色圆形在蓝色方块左边",
-            num_inference_steps=steps,
+            num_inference_steps=25,
             generator=torch.Generator().manual_seed(0),
             output_type="np",
         ).images
@@ -106,29 +115,35 @@ def _picture(pipeline: Any, steps: int) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_whole_picture(benchmark: Any, provider: str, device: str) -> None:
+def test_whole_picture(race: Any, provider: str, device: str) -> None:
     if device != "cpu":
         pytest.skip("the bundled model is compared on the CPU")
-    if provider.startswith("diffusers"):
+
+    def line_up() -> dict[str, Any]:
         torch.compiler.reset()
-        pipeline = _diffusers_pipeline(provider.endswith("compile"))
-    else:
-        pipeline = KolorsPipeline.from_pretrained(bundled("kolors-tiny"), torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    with use_backend("reference" if provider == "reference" else None):
-        truth = _picture(_diffusers_pipeline(compiled=False), steps=4)
-        assert np.abs(_picture(pipeline, steps=4) - truth).max() < 1e-2
-        side = _picture(pipeline, steps=1).shape[1]
-        benchmark.group, benchmark.name = f"one {side}x{side} picture, bundled model, 25 steps, CFG", provider
-        benchmark.pedantic(lambda: _picture(pipeline, steps=25), rounds=5, warmup_rounds=1)
+        ours = KolorsPipeline.from_pretrained(bundled("kolors-tiny"), torch_dtype=torch.float32)
+        pipelines = {
+            "diffusers": _diffusers_pipeline(compiled=False),
+            "diffusers_compile": _diffusers_pipeline(compiled=True),
+            "reference": ours,
+            "kolors_fast": ours,
+        }
+        for pipeline in pipelines.values():
+            pipeline.set_progress_bar_config(disable=True)
+        return _agreeing({n: partial(_picture, p) for n, p in pipelines.items()}, rtol=0, atol=1e-2)
+
+    side = 8 * KolorsUNet.load_config(bundled("kolors-tiny"), subfolder="unet")["sample_size"]
+    race(f"one {side}x{side} picture, bundled model, 25 steps, CFG", provider, line_up, rounds=5)
 
 
-def test_autoencoder_decode(benchmark: Any, device: str) -> None:
+def test_autoencoder_decode(race: Any, device: str) -> None:
     """The bundled autoencoder alone: what share of a picture it is."""
-    vae = AutoencoderKL.from_pretrained(bundled("kolors-tiny"), subfolder="vae", torch_dtype=torch.float32).to(device)
     side = KolorsUNet.load_config(bundled("kolors-tiny"), subfolder="unet")["sample_size"]
-    latent = torch.randn(1, vae.config.latent_channels, side, side, device=device)
-    with torch.no_grad():
-        pixels = vae.decode(latent)[0].shape[-1]
-        benchmark.group, benchmark.name = f"decode one {pixels}x{pixels} picture", "kolors_fast"
-        benchmark.pedantic(lambda: vae.decode(latent), rounds=10, warmup_rounds=2)
+
+    def line_up() -> dict[str, Any]:
+        vae = AutoencoderKL.from_pretrained(bundled("kolors-tiny"), subfolder="vae", torch_dtype=torch.float32)
+        vae = vae.to(device)
+        latent = torch.randn(1, vae.config.latent_channels, side, side, device=device)
+        return {"kolors_fast": (partial(vae.decode, latent), None)}
+
+    race(f"decode one {8 * side}x{8 * side} picture", "kolors_fast", line_up, rounds=10)

@@ -2,14 +2,15 @@
 
     pytest bench/bench_ops.py --benchmark-only
 
-A provider is compared with the reference before it is timed; a wrong one is never timed. Inputs rotate through
-copies larger than the last-level cache, so that nobody times a cache. `GB/s` counts each tensor once.
+A provider is compared with the reference before it is timed; a wrong one is never timed. Providers take turns. Inputs
+rotate through copies larger than the last-level cache, so that nobody times a cache. `GB/s` counts each tensor once.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -42,8 +43,8 @@ def _cases() -> list[Any]:
     ]
 
 
-def _provider(spec: OpSpec, name: str, device: str) -> tuple[Callable[..., Any], str | None]:
-    """What is called, and the backend that is forced meanwhile."""
+def _run(spec: OpSpec, name: str, device: str) -> tuple[Callable[..., Any], str | None] | str:
+    """What is called and the backend that is forced meanwhile, or why the provider cannot run here."""
     if name == "eager":
         return spec.eager, None
     if name == "compile":
@@ -54,9 +55,7 @@ def _provider(spec: OpSpec, name: str, device: str) -> tuple[Callable[..., Any],
         reason = "the Triton interpreter is for tests"
     if reason is None and (name == "cpu") != (device == "cpu"):
         reason = f"runs on {name} tensors, benchmarking {device}"
-    if reason:
-        pytest.skip(reason)
-    return spec.function, name
+    return reason or (spec.function, name)
 
 
 def _first(outputs: Any) -> Tensor:
@@ -70,68 +69,80 @@ def _cold(inputs: Inputs) -> itertools.cycle[Inputs]:
     return itertools.cycle(clones)
 
 
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("spec", "case"), _cases())
-def test_forward(benchmark: Any, spec: OpSpec, case: Case, dtype: torch.dtype, provider: str, device: str) -> None:
-    run, backend = _provider(spec, provider, device)
+def test_forward(
+    race: Any, benchmark: Any, spec: OpSpec, case: Case, dtype: torch.dtype, provider: str, device: str
+) -> None:
     inputs = cast(case.make(torch.Generator().manual_seed(0)), dtype, device)
-    cold = _cold(inputs)
-    with torch.no_grad(), use_backend(backend):
-        truth, epsilon = _first(spec.reference(**inputs)).float(), torch.finfo(dtype).eps
-        torch.testing.assert_close(_first(run(**inputs)).float(), truth, rtol=16 * epsilon, atol=16 * epsilon)
 
-        def once() -> None:
-            run(**next(cold))
-            _synchronise(device)
+    def line_up() -> dict[str, Any]:
+        cold, epsilon = _cold(inputs), torch.finfo(dtype).eps
+        truth = _first(spec.reference(**inputs)).float()
 
-        _label(benchmark, f"{spec.name} {case.name} {dtype} forward", provider)
-        benchmark.pedantic(once, rounds=15, warmup_rounds=3)
+        def enter(name: str) -> Any:
+            found = _run(spec, name, device)
+            if isinstance(found, str):
+                return found
+            run, backend = found
+            with torch.no_grad(), use_backend(backend):
+                ours = _first(run(**inputs)).float()
+            torch.testing.assert_close(ours, truth, rtol=16 * epsilon, atol=16 * epsilon)
+            return lambda: run(**next(cold)), backend
+
+        return {name: enter(name) for name in PROVIDERS}
+
+    race(f"{spec.name} {case.name} {dtype} forward", provider, line_up, rounds=15)
     _report_bandwidth(benchmark, spec.bytes_moved(inputs))
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize(("spec", "case"), [p for p in _cases() if p.values[0].gradients])
-def test_backward(benchmark: Any, spec: OpSpec, case: Case, provider: str, device: str) -> None:
-    run, backend = _provider(spec, provider, device)
+def test_backward(race: Any, benchmark: Any, spec: OpSpec, case: Case, provider: str, device: str) -> None:
     inputs = cast(case.make(torch.Generator().manual_seed(0)), torch.float32, device)
-    leaves = [inputs[n].requires_grad_() for n in spec.gradients if isinstance(inputs.get(n), Tensor)]
-    with use_backend(backend):
-        y = run(**inputs)
+
+    def line_up() -> dict[str, Any]:
+        leaves = [inputs[n].requires_grad_() for n in spec.gradients if isinstance(inputs.get(n), Tensor)]
+        y = spec.reference(**inputs)
         seed = torch.randn_like(y)
-        truth = torch.autograd.grad(spec.reference(**inputs), leaves, seed)
-        for ours, true in zip(torch.autograd.grad(y, leaves, seed, retain_graph=True), truth, strict=True):
-            torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-4 * true.abs().max().item())
+        truth = torch.autograd.grad(y, leaves, seed)
 
-        def once() -> None:
-            torch.autograd.grad(y, leaves, seed, retain_graph=True)
-            _synchronise(device)
+        def enter(name: str) -> Any:
+            found = _run(spec, name, device)
+            if isinstance(found, str):
+                return found
+            run, backend = found
 
-        _label(benchmark, f"{spec.name} {case.name} float32 backward", provider)
-        benchmark.pedantic(once, rounds=15, warmup_rounds=3)
+            def once() -> tuple[Tensor, ...]:
+                return torch.autograd.grad(y, leaves, seed, retain_graph=True)
+
+            with use_backend(backend):
+                y = run(**inputs)
+                for ours, true in zip(once(), truth, strict=True):
+                    torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-4 * true.abs().max().item())
+            return once, backend
+
+        return {name: enter(name) for name in PROVIDERS}
+
+    race(f"{spec.name} {case.name} float32 backward", provider, line_up, rounds=15)
     # the inputs and the gradient are read, the input's gradient is written
     _report_bandwidth(benchmark, spec.bytes_moved(inputs) * 3 // 2)
 
 
 @pytest.mark.parametrize("provider", ["eager", "cpu", "cuda", "triton"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-def test_host_overhead(benchmark: Any, spec: OpSpec, provider: str, device: str) -> None:
+def test_host_overhead(race: Any, spec: OpSpec, provider: str, device: str) -> None:
     """The smallest call: what is left is the host's time for an op."""
-    run, backend = _provider(spec, provider, device)
     case = next(c for c in spec.cases if c.name == "plain")
     inputs = cast(case.make(torch.Generator().manual_seed(0)), torch.float32, device)
-    with torch.no_grad(), use_backend(backend):
-        _label(benchmark, f"{spec.name} host overhead", provider)
-        benchmark.pedantic(lambda: run(**inputs), rounds=50, iterations=200, warmup_rounds=5)
 
+    def enter(name: str) -> Any:
+        found = _run(spec, name, device)
+        return found if isinstance(found, str) else (partial(found[0], **inputs), found[1])
 
-def _label(benchmark: Any, group: str, provider: str) -> None:
-    benchmark.group, benchmark.name = group, provider
+    names = ("eager", "cpu", "cuda", "triton")
+    race(f"{spec.name} host overhead", provider, lambda: {n: enter(n) for n in names}, rounds=50, iterations=200)
 
 
 def _report_bandwidth(benchmark: Any, moved: int) -> None:

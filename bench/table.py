@@ -1,7 +1,7 @@
 """Markdown from the rows of a benchmark run: `python bench/table.py bench/results/NAME.json`.
 
 Each row is a group, each column a provider: median (half the interquartile range), and how many times as fast as the
-first provider that the group has. The last lines say where the rows come from.
+group's first provider, which is the median over rounds. The last lines say where the rows come from.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ ORDER = ("eager", "diffusers", "compile", "diffusers_compile", "reference", "cpu
 def table(report: dict[str, Any]) -> str:
     groups: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     for row in report["benchmarks"]:
-        groups[row["group"]][row["name"]] = row["stats"]
+        groups[row["group"]][row["name"]] = {**row["stats"], **row["extra_info"]}
     lines = []
     for group, providers in groups.items():
-        named = sorted(providers, key=ORDER.index)
-        base = providers[named[0]]["median"]
         cells = [
-            f"{name} {_time(stats['median'])} (± {_time(stats['iqr'] / 2)}, {base / stats['median']:.2f}x)"
-            for name, stats in ((name, providers[name]) for name in named)
+            f"{name} {_time(stats['median'])} (± {_time(stats['iqr'] / 2)}, {stats['speedup']:.2f}x)"
+            for name, stats in sorted(providers.items(), key=lambda item: ORDER.index(item[0]))
         ]
         lines.append(f"| {group} | {' | '.join(cells)} |")
     info = report["machine_info"]
