@@ -114,10 +114,9 @@ def declined(backend: str, columns: Mapping[str, Column], call: tuple[Any, ...])
         return None
     if reason := unavailable(backend):
         return reason
-    device = x.device.type
-    runs_on = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if interpreted() else ("cuda",)}[backend]
-    if device not in runs_on:
-        return f"runs on {runs_on[0]} tensors, got {x.device}"
+    runs_on = "cpu" if backend == "cpu" or (backend == "triton" and interpreted()) else "cuda"
+    if x.device.type != runs_on:
+        return f"runs on {runs_on} tensors, got {x.device}"
     if x.dtype not in _FUSED_DTYPES:
         return f"computes float32, float16 and bfloat16, got {x.dtype}"
     column = columns[backend]

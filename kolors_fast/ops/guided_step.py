@@ -97,9 +97,8 @@ def guided_step(
         sample, predictions, weights, coefficients,
         previous=previous, noise=noise, row=row, return_denoised=return_denoised,
     )  # fmt: skip
-    run = _step_op if _library.tracing(sample) else _step
-    after, denoised = run(*call)
-    return (after, denoised) if return_denoised else after
+    after, denoised = _step_op(*call) if _library.tracing(sample) else _run(call)
+    return after if denoised is None or not return_denoised else (after, denoised)
 
 
 def _prepare(
@@ -246,13 +245,19 @@ def _dense(call: Call) -> Call:
     )
 
 
-def _step(*args: Any) -> tuple[Tensor, Tensor]:
-    """next and denoised, which is empty where it is not wanted: a schema has no optional results."""
-    call = _dense(Call(*args))
+def _run(call: Call) -> tuple[Tensor, Tensor | None]:
+    call = _dense(call)
     column = COLUMNS[_backends.choose("guided_step", COLUMNS, call)]
     if call.sample.numel() == 0:
         return _step_fake(*call)
-    after, denoised = column.forward(call)
+    outputs: tuple[Tensor, Tensor | None] = column.forward(call)
+    return outputs
+
+
+def _step(*args: Any) -> tuple[Tensor, Tensor]:
+    """next and denoised, which is empty where it is not wanted: a schema has no optional results."""
+    call = Call(*args)
+    after, denoised = _run(call)
     return after, call.sample.new_empty(0) if denoised is None else denoised
 
 
