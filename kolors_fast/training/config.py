@@ -33,7 +33,7 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the trainer: warm-up, a constant learning rate, then a linear decay to zero."""
+    """One run of the trainer: warm-up, a constant learning rate, then a linear decay."""
 
     name: str
     objective: str
@@ -42,6 +42,7 @@ class Stage:
     learning_rate: float
     warmup: int = 200
     decay: int = 1000  # the last steps
+    decay_to: float = 0.0  # the share of the learning rate that is left after them
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip_norm: float = 1.0
@@ -59,6 +60,8 @@ class Stage:
                 f"stage '{self.name}': warmup + decay: expected at most steps = {self.steps}, "
                 f"got {self.warmup} + {self.decay}"
             )
+        if not 0 <= self.decay_to <= 1:
+            raise RecipeError(f"stage '{self.name}': decay_to: expected 0 <= decay_to <= 1, got {self.decay_to}")
         if not 0 <= self.ema < 1:
             raise RecipeError(f"stage '{self.name}': ema: expected 0 <= ema < 1, got {self.ema}")
         if self.precision not in ("fp32", "bf16"):
@@ -98,6 +101,13 @@ class EpsilonStage(Stage):
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0  # min-SNR weighting (Hang et al. 2023); 0 turns it off
     timestep_power: float = 1.0  # above 1, high noise is drawn more often
+    timestep_falloff: float = 1.0  # above 1, the highest noise is drawn less often
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("timestep_power", "timestep_falloff"):
+            if not getattr(self, key) > 0:
+                raise RecipeError(f"stage '{self.name}': {key}: expected more than 0, got {getattr(self, key)}")
 
 
 STAGES: dict[str, type[Stage]] = {

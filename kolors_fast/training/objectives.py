@@ -228,7 +228,9 @@ class EpsilonObjective:
         dropped = torch.from_numpy(rng.random(len(items)) < self.stage.caption_dropout)
         texts = bucket.texts(items, choice, dropped)
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = draw_timesteps(len(items), len(self.alpha_bar), self.stage.timestep_power, generator)
+        timesteps = draw_timesteps(
+            len(items), len(self.alpha_bar), self.stage.timestep_power, self.stage.timestep_falloff, generator
+        )
         noisy = add_noise(latents, noise, self.alpha_bar[timesteps])
         predicted = self.predict(noisy, timesteps, texts, height, width)
         error = (predicted.float() - noise).square().mean((1, 2, 3))  # [B]
@@ -261,9 +263,13 @@ class EpsilonObjective:
         )
 
 
-def draw_timesteps(count: int, train_steps: int, power: float, generator: torch.Generator) -> Tensor:
-    """int64 [count] in [0, T), with P(t < x) = (x / T)^power: uniform for 1, more of the high noise above it."""
-    drawn = train_steps * torch.rand(count, generator=generator) ** (1 / power)
+def draw_timesteps(count: int, train_steps: int, power: float, falloff: float, generator: torch.Generator) -> Tensor:
+    """int64 [count] in [0, T), with P(t < x) = 1 - (1 - (x / T)^power)^falloff, by inversion (Kumaraswamy 1980).
+
+    Uniform for 1 and 1; a power above 1 draws more of the high noise, a falloff above 1 less of the highest.
+    """
+    uniform = torch.rand(count, generator=generator)
+    drawn = train_steps * (1 - (1 - uniform) ** (1 / falloff)) ** (1 / power)
     return drawn.long().clamp(max=train_steps - 1)  # the power may round up to 1
 
 

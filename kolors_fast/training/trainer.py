@@ -85,11 +85,11 @@ class Trainer:
         return float(loss.detach())
 
     def learning_rate(self) -> float:
-        """Linear warm-up, constant, linear decay to zero: the constant part can be prolonged without starting anew."""
+        """Linear warm-up, constant, linear decay: the constant part can be prolonged without starting anew."""
         stage = self.stage
         rising = (self.step + 1) / max(1, stage.warmup)
-        falling = (stage.steps - self.step) / max(1, stage.decay)
-        return stage.learning_rate * min(1.0, rising, falling)
+        left = min(1.0, (stage.steps - self.step) / max(1, stage.decay))  # of the decay
+        return stage.learning_rate * min(rising, stage.decay_to + (1 - stage.decay_to) * left)
 
     def save(self) -> None:
         """Write the checkpoint; the main process does."""

@@ -53,19 +53,19 @@ def test_snr_weights_are_those_of_the_v_loss():
     assert (snr_weights(signal, 0.0) == 1).all()
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
-def test_timesteps_have_their_distribution(power):
-    drawn = draw_timesteps(20000, 1000, power, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("power", "falloff"), [(1.0, 1.0), (2.0, 1.0), (3.0, 1.0), (1.0, 2.0), (1.5, 2.0)])
+def test_timesteps_have_their_distribution(power, falloff):
+    drawn = draw_timesteps(20000, 1000, power, falloff, torch.Generator().manual_seed(0))
     assert drawn.dtype == torch.int64 and drawn.min() >= 0 and drawn.max() <= 999
     bounds = torch.arange(0, 1001, 50)
     share = (drawn[:, None] < bounds).double().mean(0)
-    wanted = (bounds / 1000) ** power
+    wanted = 1 - (1 - (bounds / 1000) ** power) ** falloff
     assert float((share - wanted).abs().max()) < 1.63 / 20000**0.5  # Kolmogorov-Smirnov at 1 %
 
 
 def test_a_draw_that_rounds_up_is_a_timestep(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.full((1,), 1 - 2**-24))
-    assert draw_timesteps(1, 1100, 2.0, torch.Generator()).item() == 1099
+    assert draw_timesteps(1, 1100, 2.0, 1.0, torch.Generator()).item() == 1099
 
 
 def test_moments_from_normal_are_zero_for_white_samples_only():

@@ -104,13 +104,14 @@ def test_log_forgets_what_is_done_again(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(100, 100 / 7), (200, 200 / 7), (300, 1.0)]
 
 
-def test_learning_rate_schedule(tmp_path):
-    run = trainer(tmp_path)
+@pytest.mark.parametrize(("decay_to", "falling"), [(0.0, [0.75, 0.5, 0.25]), (0.6, [0.9, 0.8, 0.7])])
+def test_learning_rate_schedule(tmp_path, decay_to, falling):
+    run = trainer(tmp_path, replace(STAGE, decay_to=decay_to))
     rates = []
     for step in range(STAGE.steps):
         run.step = step
         rates.append(run.learning_rate() / STAGE.learning_rate)
-    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 1, *falling])
 
 
 def test_autoencoder_learns(tmp_path):
