@@ -262,10 +262,10 @@ def _step(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _step_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    sample, wanted = args[0], Call(*args).return_denoised
-    last = _layout.is_channels_last(sample)
-    after = _layout.empty(sample.shape, last, sample)
-    return after, _layout.empty(sample.shape, last, sample) if wanted else sample.new_empty(0)
+    call = Call(*args)
+    shape, last = call.sample.shape, _layout.is_channels_last(call.sample)
+    after = _layout.empty(shape, last, call.sample)
+    return after, _layout.empty(shape, last, call.sample) if call.return_denoised else call.sample.new_empty(0)
 
 
 _step_op = _library.define(
