@@ -214,7 +214,8 @@ def _extension_forward(name: str, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     rstd = torch.empty_like(mean)
     p = _library.pointer
     with guard(x):
-        scratch = _workspace(module, call, backward=False)
+        size = module.group_norm_silu_workspace(n, c + c_skip, hw, num_groups, last, False)
+        scratch = x.new_empty(size, dtype=torch.uint8) if size else None
         module.group_norm_silu_forward(
             p(x), p(skip), p(weight), p(bias), p(channel_add), p(y), p(mean), p(rstd), p(scratch),
             n, c, c_skip, hw, num_groups, eps, silu, last,
@@ -236,7 +237,8 @@ def _extension_backward(
     grad_add = mean.new_empty((n, c + c_skip)) if channel_add is not None and needs[4] else None
     p = _library.pointer
     with guard(x):
-        scratch = _workspace(module, call, backward=True)
+        size = module.group_norm_silu_workspace(n, c + c_skip, hw, num_groups, last, True)
+        scratch = x.new_empty(size, dtype=torch.uint8) if size else None
         module.group_norm_silu_backward(
             p(grad_y), p(x), p(skip), p(weight), p(bias), p(channel_add), p(mean), p(rstd),
             p(grad_x), p(grad_skip), p(grad_weight), p(grad_bias), p(grad_add), p(scratch),
@@ -251,12 +253,6 @@ def _geometry(call: Call) -> tuple[bool, int, int, int, int]:
     x, skip = call.x, call.skip
     c_skip = 0 if skip is None else skip.shape[1]
     return _layout.is_channels_last(x), x.shape[0], x.shape[1], c_skip, math.prod(x.shape[2:])
-
-
-def _workspace(module: Any, call: Call, *, backward: bool) -> Tensor | None:
-    last, n, c, c_skip, hw = _geometry(call)
-    size = module.group_norm_silu_workspace(n, c + c_skip, hw, call.num_groups, last, backward)
-    return call.x.new_empty(size, dtype=torch.uint8) if size else None
 
 
 # ---- Triton column
