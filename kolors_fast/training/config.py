@@ -41,8 +41,7 @@ class Stage:
     batch: int  # per process
     learning_rate: float
     warmup: int = 200
-    decay: int = 1000  # the last steps
-    decay_to: float = 0.0  # the share of the learning rate that is left after them
+    decay: int = 1000  # the last steps, down to zero
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip_norm: float = 1.0
@@ -60,8 +59,6 @@ class Stage:
                 f"stage '{self.name}': warmup + decay: expected at most steps = {self.steps}, "
                 f"got {self.warmup} + {self.decay}"
             )
-        if not 0 <= self.decay_to <= 1:
-            raise RecipeError(f"stage '{self.name}': decay_to: expected 0 <= decay_to <= 1, got {self.decay_to}")
         if not 0 <= self.ema < 1:
             raise RecipeError(f"stage '{self.name}': ema: expected 0 <= ema < 1, got {self.ema}")
         if self.precision not in ("fp32", "bf16"):

@@ -30,11 +30,12 @@ def validation_prompts(count: int = SAMPLES) -> list[HeldOutPrompt]:
 
 
 @torch.no_grad()
-def judge_reconstructions(vae: AutoencoderKL, path: Path, count: int = 48, side: int = 256) -> dict[str, float]:
-    """How well new scenes survive encoding and decoding; the first few beside the originals go to `path`."""
+def judge_reconstructions(vae: AutoencoderKL, path: Path, size: tuple[int, int], count: int = 96) -> dict[str, float]:
+    """How well new scenes of (height, width) survive encoding and decoding; the first few and what became of them go to
+    `path`."""
     rng = np.random.default_rng(VALIDATION_SEED)
     scenes = [sample_training(rng)[0] for _ in range(count)]
-    pictures = np.stack([render(scene, side, side) for scene in scenes])
+    pictures = np.stack([render(scene, *size) for scene in scenes])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     means = torch.cat([vae.encode(part)[0].mode() for part in pixels.split(16)])
     decoded = np.concatenate([to_pictures(vae.decode(part)[0]) for part in means.split(16)])

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kolors_fast.data.shapes import caption, render, sample_training
-from kolors_fast.data.shapes.scene import REQUEST_PARTS, request_parts
+from kolors_fast.data.shapes.scene import REQUEST_PARTS, Request, request_parts
+from kolors_fast.data.shapes.split import CATEGORIES
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 from kolors_fast.models.unet import KolorsUNet
 
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage
-from .monitor import encode, judge_prompts, judge_reconstructions
+from .monitor import encode, judge_prompts, judge_reconstructions, validation_prompts
 from .pool import LatentPool
 from .streams import Streams
 
@@ -96,7 +97,7 @@ class AutoencoderObjective:
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         assert isinstance(averaged, AutoencoderKL)
-        return judge_reconstructions(averaged, folder / f"{step:06d}.png")
+        return judge_reconstructions(averaged, folder / f"{step:06d}.png", self.stage.sizes[0])
 
 
 def mean_colours(pictures: Tensor, side: int) -> Tensor:
@@ -151,38 +152,42 @@ class LanguageModelObjective:
         self.module = CaptionReader(model)
         self.tokenizer, self.stage, self.streams = tokenizer, stage, streams
 
-    def captions(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ids and next tokens [B, S], padded on the right with 0 and -100, lengths [B] and parts [B, P]."""
+    def captions(self, step: int) -> list[tuple[str, Request]]:
+        """The step's captions, and what each asserts."""
         rng = self.streams.numpy(step)
-        rows, parts = [], []
-        for _ in range(self.stage.batch):
-            text, request = caption(sample_training(rng)[0], rng)
-            rows.append(torch.tensor(self.tokenizer.encode(text)))
-            parts.append(torch.tensor(request_parts(request)))
+        return [caption(sample_training(rng)[0], rng) for _ in range(self.stage.batch)]
+
+    def tensors(self, captions: list[tuple[str, Request]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """ids and next tokens [B, S], padded on the right with 0 and -100, lengths [B] and parts [B, P]."""
+        rows = [torch.tensor(self.tokenizer.encode(text)) for text, _ in captions]
+        parts = torch.tensor([request_parts(request) for _, request in captions])
         ids = pad_sequence(rows, batch_first=True)
         eos = torch.tensor([self.tokenizer.eos_token_id])
         following = [torch.cat([row[1:], eos]) for row in rows]
         targets = pad_sequence(following, batch_first=True, padding_value=-100)
         targets[:, 0] = -100  # sop is not predicted
-        return ids, targets, torch.tensor([len(row) for row in rows]), torch.stack(parts)
+        return ids, targets, torch.tensor([len(row) for row in rows]), parts
 
     def loss(self, step: int) -> Tensor:
-        ids, targets, lengths, parts = self.captions(step)
+        ids, targets, lengths, parts = self.tensors(self.captions(step))
         logits, of_parts = self.module(ids, lengths)
         reading = sum(F.cross_entropy(one.float(), parts[:, k]) for k, one in enumerate(of_parts))
         return next_token_loss(logits, targets) + self.stage.reading_weight * reading
 
     @torch.no_grad()
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """The next-token loss on captions like those trained on, and how many held-out ones are read right."""
         assert isinstance(averaged, CaptionReader)
-        ids, targets, lengths, parts = self.captions(_VALIDATION)
-        logits, of_parts = averaged(ids, lengths)
-        read = torch.stack([one.argmax(1) for one in of_parts], dim=1)
-        return {
-            "validation loss": float(next_token_loss(logits, targets)),
-            "captions read right": float((read == parts).all(1).float().mean()),
-            "rms of states": self.rms_of_states(averaged.model),
-        }
+        ids, targets, lengths, _ = self.tensors(self.captions(_VALIDATION))
+        figures = {"validation loss": float(next_token_loss(averaged(ids, lengths)[0], targets))}
+        prompts = validation_prompts(200)
+        ids, _, lengths, parts = self.tensors([(one.prompt, one.request) for one in prompts])
+        read = torch.stack([one.argmax(1) for one in averaged(ids, lengths)[1]], dim=1)
+        right = (read == parts).all(1).tolist()
+        for category in CATEGORIES:
+            chosen = [ok for ok, one in zip(right, prompts, strict=True) if one.category == category]
+            figures[f"{category} read right"] = float(np.mean(chosen))
+        return figures | {"rms of states": self.rms_of_states(averaged.model)}
 
     @torch.no_grad()
     def rms_of_states(self, model: ChatGLM, captions: int = 256) -> float:

@@ -88,8 +88,8 @@ class Trainer:
         """Linear warm-up, constant, linear decay: the constant part can be prolonged without starting anew."""
         stage = self.stage
         rising = (self.step + 1) / max(1, stage.warmup)
-        left = min(1.0, (stage.steps - self.step) / max(1, stage.decay))  # of the decay
-        return stage.learning_rate * min(rising, stage.decay_to + (1 - stage.decay_to) * left)
+        falling = (stage.steps - self.step) / max(1, stage.decay)
+        return stage.learning_rate * min(1.0, rising, falling)
 
     def save(self) -> None:
         """Write the checkpoint; the main process does."""
