@@ -33,7 +33,7 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the trainer: warm-up, a constant learning rate, then a linear decay."""
+    """One run of the trainer: warm-up, a constant learning rate, then a linear decay to zero."""
 
     name: str
     objective: str
@@ -41,7 +41,7 @@ class Stage:
     batch: int  # per process
     learning_rate: float
     warmup: int = 200
-    decay: int = 1000  # the last steps, down to zero
+    decay: int = 1000  # the last steps
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip_norm: float = 1.0

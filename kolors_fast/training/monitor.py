@@ -31,8 +31,8 @@ def validation_prompts(count: int = SAMPLES) -> list[HeldOutPrompt]:
 
 @torch.no_grad()
 def judge_reconstructions(vae: AutoencoderKL, path: Path, size: tuple[int, int], count: int = 96) -> dict[str, float]:
-    """How well new scenes of (height, width) survive encoding and decoding; the first few and what became of them go to
-    `path`."""
+    """How well new scenes, rendered as (height, width), survive encoding and decoding; some go to `path`, the originals
+    in its first row."""
     rng = np.random.default_rng(VALIDATION_SEED)
     scenes = [sample_training(rng)[0] for _ in range(count)]
     pictures = np.stack([render(scene, *size) for scene in scenes])

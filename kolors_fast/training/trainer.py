@@ -85,7 +85,7 @@ class Trainer:
         return float(loss.detach())
 
     def learning_rate(self) -> float:
-        """Linear warm-up, constant, linear decay: the constant part can be prolonged without starting anew."""
+        """Linear warm-up, constant, linear decay to zero: the constant part can be prolonged without starting anew."""
         stage = self.stage
         rising = (self.step + 1) / max(1, stage.warmup)
         falling = (stage.steps - self.step) / max(1, stage.decay)
