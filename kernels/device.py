@@ -20,8 +20,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_NO_GUARD: AbstractContextManager = nullcontext()
+
+
 def guard(tensor: Tensor) -> AbstractContextManager:
     """Makes the tensor's GPU current: Triton launches on the current device, whatever its arguments say."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NO_GUARD
     return torch.cuda.device(tensor.device)

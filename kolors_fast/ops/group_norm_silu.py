@@ -354,8 +354,13 @@ def _autograd_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...
 
 
 class _GroupNormSiLU(torch.autograd.Function):
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # with a `setup_context` of its own, apply() would bind the arguments by signature in every call: slow
+        output = _forward(*args)
+        _setup_context(ctx, args, output)
+        return output
+
     backward = staticmethod(torch.autograd.function.once_differentiable(_autograd_backward))  # type: ignore[assignment]
 
 
