@@ -131,18 +131,25 @@ def test_backward(race: Any, benchmark: Any, spec: OpSpec, case: Case, provider:
 
 
 @pytest.mark.parametrize("provider", ["eager", "cpu", "cuda", "triton"])
+@pytest.mark.parametrize("differentiated", [False, True], ids=["plain", "differentiated"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-def test_host_overhead(race: Any, spec: OpSpec, provider: str, device: str) -> None:
-    """The smallest call: what is left is the host's time for an op."""
+def test_host_overhead(race: Any, spec: OpSpec, differentiated: bool, provider: str, device: str) -> None:
+    """The smallest call, alone and recorded for a backward pass: what is left is the host's time for an op."""
+    if differentiated and not spec.gradients:
+        pytest.skip(f"{spec.name} has no gradients")
     case = next(c for c in spec.cases if c.name == "plain")
     inputs = cast(case.make(torch.Generator().manual_seed(0)), torch.float32, device)
+    for name in spec.gradients if differentiated else ():
+        if isinstance(inputs.get(name), Tensor):
+            inputs[name].requires_grad_()
 
     def enter(name: str) -> Any:
         found = _run(spec, name, device)
         return found if isinstance(found, str) else (partial(found[0], **inputs), found[1])
 
     names = ("eager", "cpu", "cuda", "triton")
-    race(f"{spec.name} host overhead", provider, lambda: {n: enter(n) for n in names}, rounds=50, iterations=200)
+    group = f"{spec.name} host overhead" + (", differentiated" if differentiated else "")
+    race(group, provider, lambda: {n: enter(n) for n in names}, rounds=50, iterations=200, grad=differentiated)
 
 
 def _report_bandwidth(benchmark: Any, moved: int) -> None:

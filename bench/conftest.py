@@ -36,7 +36,9 @@ WARMUP = 3
 _LAST: dict[str, dict[str, list[float] | str]] = {}  # group -> provider -> seconds of each round, or why it cannot run
 
 
-def take_turns(providers: dict[str, Provider], rounds: int, iterations: int) -> dict[str, list[float] | str]:
+def take_turns(
+    providers: dict[str, Provider], rounds: int, iterations: int, grad: bool
+) -> dict[str, list[float] | str]:
     """Seconds of a call, averaged over `iterations`, for each round of each provider.
 
     In every round each provider has its turn. One after the other, a virtual machine that is a third slower for some
@@ -44,7 +46,7 @@ def take_turns(providers: dict[str, Provider], rounds: int, iterations: int) -> 
     """
     here = {name: provider for name, provider in providers.items() if not isinstance(provider, str)}
     times: dict[str, list[float]] = {name: [] for name in here}
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         for _ in range(WARMUP + rounds):
             for name, (call, backend) in here.items():
                 with use_backend(backend):
@@ -68,11 +70,16 @@ def race(benchmark: Any) -> Callable[..., None]:
     """Report one provider of a group; the first one asked for runs the group."""
 
     def report(
-        group: str, provider: str, line_up: Callable[[], dict[str, Provider]], rounds: int, iterations: int = 1
+        group: str,
+        provider: str,
+        line_up: Callable[[], dict[str, Provider]],
+        rounds: int,
+        iterations: int = 1,
+        grad: bool = False,
     ) -> None:
         if group not in _LAST:
             _LAST.clear()
-            _LAST[group] = take_turns(line_up(), rounds, iterations)
+            _LAST[group] = take_turns(line_up(), rounds, iterations, grad)
         times = _LAST[group][provider]
         if isinstance(times, str):
             pytest.skip(times)  # the reason why it cannot run

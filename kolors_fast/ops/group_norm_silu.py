@@ -72,7 +72,7 @@ def group_norm_silu(
         y: Tensor = _forward_op(*call)[0]
         return y
     if _library.wants_grad(call[:5]):
-        y = _GroupNormSiLU.apply(*call)[0]
+        y = _GroupNormSiLU.apply(*call)
         return y
     return _forward(*call)[0]
 
@@ -355,11 +355,11 @@ def _autograd_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...
 
 class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> Tensor:
         # with a `setup_context` of its own, apply() would bind the arguments by signature in every call: slow
         output = _forward(*args)
         _setup_context(ctx, args, output)
-        return output
+        return output[0]
 
     backward = staticmethod(torch.autograd.function.once_differentiable(_autograd_backward))  # type: ignore[assignment]
 
