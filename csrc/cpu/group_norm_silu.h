@@ -101,7 +101,8 @@ struct Run {
 
 // Runs prepare(unit), first(unit, block, thread) on all blocks, finish(unit), second(unit, block).
 // Many units: one thread does all of a unit, which may stay in its cache. Few: all threads share each unit's blocks.
-// The second pass goes backwards, to meet first what the first pass saw last.
+// The second pass goes forwards as well: backwards, to meet first what the first pass saw last, was up to a tenth
+// slower on a Zen 4 and never faster.
 template <typename Passes> void run_passes(int64_t units, int64_t blocks, int threads, const Passes &p) {
     if (threads == 1 || units % threads == 0 || units >= 4 * threads) {
         parallel_for(units, threads, [&](int64_t begin, int64_t end, int thread) {
@@ -110,7 +111,7 @@ template <typename Passes> void run_passes(int64_t units, int64_t blocks, int th
                 for (int64_t block = 0; block < blocks; ++block)
                     p.first(unit, block, thread);
                 p.finish(unit);
-                for (int64_t block = blocks; block-- > 0;)
+                for (int64_t block = 0; block < blocks; ++block)
                     p.second(unit, block);
             }
         });
@@ -127,7 +128,7 @@ template <typename Passes> void run_passes(int64_t units, int64_t blocks, int th
             p.finish(unit);
     });
     parallel_for(units * blocks, threads, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = end; i-- > begin;)
+        for (int64_t i = begin; i < end; ++i)
             p.second(i / blocks, i % blocks);
     });
 }
