@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kolors_fast.ops import SPECS, OpSpec, _backends, use_backend
-from kolors_fast.ops._spec import Case, Inputs, cast
+from kolors_fast.ops._spec import Case, Inputs, cast, map_tensors, tensors
 
 COLD_BYTES = 256 * 2**20
 PROVIDERS = ("eager", "compile", *(name for name in _backends.BACKENDS if name != "reference"))
@@ -63,9 +63,9 @@ def _first(outputs: Any) -> Tensor:
 
 
 def _cold(inputs: Inputs) -> itertools.cycle[Inputs]:
-    size = sum(v.numel() * v.element_size() for v in inputs.values() if isinstance(v, Tensor))
+    size = sum(t.numel() * t.element_size() for value in inputs.values() for t in tensors(value))
     copies = min(64, max(2, COLD_BYTES // max(size, 1)))
-    clones = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()} for _ in range(copies)]
+    clones = [{k: map_tensors(v, Tensor.clone) for k, v in inputs.items()} for _ in range(copies)]
     return itertools.cycle(clones)
 
 

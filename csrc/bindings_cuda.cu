@@ -3,25 +3,17 @@
 
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
+#include "common/bindings.h"
 #include "cuda/group_norm_silu.cuh"
 #include "cuda/group_norm_silu_backward.cuh"
 #include "cuda/guided_step.cuh"
 
 namespace py = pybind11;
+using kolors_fast::Argument;
+using kolors_fast::from_argument;
 
 namespace {
-
-template <typename T> using Argument = std::conditional_t<std::is_pointer_v<T>, uintptr_t, T>;
-
-template <typename T> T from_argument(Argument<T> value) {
-    if constexpr (std::is_pointer_v<T>) {
-        return reinterpret_cast<T>(value);
-    } else {
-        return value;
-    }
-}
 
 template <typename... T, typename... Names>
 void define(py::module_ &m, const char *name, cudaError_t (*launch)(T...), Names... names) {

@@ -7,7 +7,12 @@
 namespace kolors_fast {
 namespace {
 
-#define KOLORS_FAST_KERNELS(ISA) {ISA::group_norm_silu_forward, ISA::group_norm_silu_backward, ISA::guided_step}
+#define KOLORS_FAST_ADDRESS(name, Arguments) name,
+#define KOLORS_FAST_TABLE(ISA)                                                                                         \
+    [] {                                                                                                               \
+        using namespace ISA;                                                                                           \
+        return Kernels{KOLORS_FAST_KERNELS(KOLORS_FAST_ADDRESS)};                                                      \
+    }()
 
 struct Choice {
     const char *name;
@@ -24,10 +29,10 @@ const Choice &choose() {
 #endif
     static const Choice choices[] = {
 #if defined(__x86_64__)
-        {"avx512", avx512, KOLORS_FAST_KERNELS(avx512)},
-        {"avx2", avx2, KOLORS_FAST_KERNELS(avx2)},
+        {"avx512", avx512, KOLORS_FAST_TABLE(avx512)},
+        {"avx2", avx2, KOLORS_FAST_TABLE(avx2)},
 #endif
-        {"generic", true, KOLORS_FAST_KERNELS(generic)},
+        {"generic", true, KOLORS_FAST_TABLE(generic)},
     };
     const char *wanted = std::getenv("KOLORS_FAST_CPU_ISA");
     for (const Choice &choice : choices)

@@ -9,23 +9,29 @@ namespace kolors_fast {
 // Throws std::runtime_error when the machine or the build lacks what was asked for.
 const char *isa();
 
-#define KOLORS_FAST_DECLARE_KERNELS(ISA)                                                                               \
-    namespace ISA {                                                                                                    \
-    void group_norm_silu_forward(const GroupNormSiluForward &);                                                        \
-    void group_norm_silu_backward(const GroupNormSiluBackward &);                                                      \
-    void guided_step(const GuidedStep &);                                                                              \
-    }
+// Every kernel and its arguments.
+#define KOLORS_FAST_KERNELS(KERNEL)                                                                                    \
+    KERNEL(group_norm_silu_forward, GroupNormSiluForward)                                                              \
+    KERNEL(group_norm_silu_backward, GroupNormSiluBackward)                                                            \
+    KERNEL(guided_step, GuidedStep)
 
-KOLORS_FAST_DECLARE_KERNELS(generic)
+#define KOLORS_FAST_DECLARE(name, Arguments) void name(const Arguments &);
+#define KOLORS_FAST_POINTER(name, Arguments) void (*name)(const Arguments &);
+
+namespace generic {
+KOLORS_FAST_KERNELS(KOLORS_FAST_DECLARE)
+}
 #if defined(__x86_64__)
-KOLORS_FAST_DECLARE_KERNELS(avx2)
-KOLORS_FAST_DECLARE_KERNELS(avx512)
+namespace avx2 {
+KOLORS_FAST_KERNELS(KOLORS_FAST_DECLARE)
+}
+namespace avx512 {
+KOLORS_FAST_KERNELS(KOLORS_FAST_DECLARE)
+}
 #endif
 
 struct Kernels {
-    void (*group_norm_silu_forward)(const GroupNormSiluForward &);
-    void (*group_norm_silu_backward)(const GroupNormSiluBackward &);
-    void (*guided_step)(const GuidedStep &);
+    KOLORS_FAST_KERNELS(KOLORS_FAST_POINTER)
 };
 
 // The kernels of isa().

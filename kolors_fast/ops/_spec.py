@@ -52,7 +52,8 @@ class OpSpec:
         eager: what a PyTorch user writes today, in the input dtype: the rival in errors and in time.
         prepare: public arguments -> the op's `Call`, checked: what the registered op and the launchers take.
         columns: the launchers of each backend, in no order (design: `_backends._ORDER`).
-        gradients: names of the arguments that a gradient is defined for.
+        gradients: names of the arguments that a gradient is defined for; of a tuple, all its tensors.
+        mutated: names of the arguments (tensors, or lists of them) that are written in place.
         bytes_moved, flops: of one forward call with these inputs, each tensor counted once.
         determinism: what is bitwise repeatable.
     """
@@ -67,16 +68,29 @@ class OpSpec:
     bytes_moved: Callable[[Inputs], int]
     flops: Callable[[Inputs], int]
     gradients: tuple[str, ...] = ()
+    mutated: tuple[str, ...] = ()
     tolerance: Tolerance = field(default_factory=Tolerance)
     determinism: str = "bitwise on every backend"
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Those in an argument: the tensor itself, or the tensors of a list or tuple."""
+    if isinstance(value, (list, tuple)):
+        return [value for value in value if isinstance(value, Tensor)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The argument with each of its tensors changed."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(item, change) for item in value)
+    return change(value) if isinstance(value, Tensor) else value
 
 
 def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
     """The inputs of a case in `dtype` on `device`, layouts kept; control tensors (spec: float32, int64) stay."""
 
-    def one(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    def one(value: Tensor) -> Tensor:
         return value.to(device, dtype if value.dtype == torch.float64 else value.dtype)
 
-    return {name: one(value) for name, value in inputs.items()}
+    return {name: map_tensors(value, one) for name, value in inputs.items()}

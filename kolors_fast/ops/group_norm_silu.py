@@ -14,8 +14,11 @@ from kolors_fast.kernels.device import guard
 
 from . import _backends, _layout, _library
 from ._group_norm_silu_cases import CASES
+from ._operator import Operator
 from ._spec import Inputs, OpSpec
 
+Grads = tuple[Tensor]  # of y
+Saved = tuple[Tensor, Tensor]  # mean, rstd
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -68,13 +71,8 @@ def group_norm_silu(
     Chan, Golub & LeVeque, 1983.
     """
     call = _prepare(x, num_groups, weight, bias, eps, skip=skip, channel_add=channel_add, activation=activation)
-    if _library.tracing(x):
-        y: Tensor = _forward_op(*call)[0]
-        return y
-    if _library.wants_grad(call[:5]):
-        y = _GroupNormSiLU.apply(*call)
-        return y
-    return _forward(*call)[0]
+    y: Tensor = _operator(call)
+    return y
 
 
 def _prepare(
@@ -158,8 +156,9 @@ def _reference_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return _layout.as_layout(y, _layout.is_channels_last(call.x)), mean.squeeze(2), rstd.squeeze(2)
 
 
-def _reference_backward(call: Call, grad_y: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]) -> Gradients:
+def _reference_backward(call: Call, grads: Grads, saved: Saved, needs: list[bool]) -> Gradients:
     """With u = x_hat*w + b and g = dL/du: dx = rstd * (g*w - mean(g*w) - x_hat * mean(g*w*x_hat))."""
+    (grad_y,), (mean, rstd) = grads, saved
     h = _joined(call)
     shape, groups = h.shape, _grouped(h, call.num_groups)
     n_hat = (groups - mean[..., None]) * rstd[..., None]  # [N, G, C/G * HW]
@@ -224,12 +223,12 @@ def _extension_forward(name: str, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return y, mean, rstd
 
 
-def _extension_backward(
-    name: str, call: Call, grad_y: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]
-) -> Gradients:
+def _extension_backward(name: str, call: Call, grads: Grads, saved: Saved, needs: list[bool]) -> Gradients:
     module: Any = _backends.extension(name)
+    mean, rstd = saved
     x, skip, weight, bias, channel_add, num_groups, _, silu = call
     last, n, c, c_skip, hw = _geometry(call)
+    grad_y = _layout.as_layout(grads[0], last)
     grad_x = _layout.empty(x.shape, last, x) if needs[0] else None
     grad_skip = _layout.empty(skip.shape, last, x) if skip is not None and needs[1] else None
     grad_weight = mean.new_empty(c + c_skip) if needs[2] else None
@@ -265,12 +264,13 @@ def _triton_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-def _triton_backward(call: Call, grad_y: Tensor, mean: Tensor, rstd: Tensor, needs: list[bool]) -> Gradients:
+def _triton_backward(call: Call, grads: Grads, saved: Saved, needs: list[bool]) -> Gradients:
     from kolors_fast.kernels import group_norm_silu as kernel
 
-    tensors, last = call[:5], _layout.is_channels_last(call.x)
-    grads: Gradients = kernel.backward(grad_y, *tensors, mean, rstd, call.num_groups, call.silu, last, tuple(needs))
-    return grads
+    last = _layout.is_channels_last(call.x)
+    grad_y = _layout.as_layout(grads[0], last)
+    found: Gradients = kernel.backward(grad_y, *call[:5], *saved, call.num_groups, call.silu, last, tuple(needs))
+    return found
 
 
 COLUMNS = {
@@ -281,7 +281,7 @@ COLUMNS = {
 }
 
 
-# ---- from a call to a launcher: the direct route and the registered op share these
+# ---- from a call to a launcher
 
 
 def _dense(call: Call) -> Call:
@@ -297,86 +297,15 @@ def _dense(call: Call) -> Call:
     )
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and rstd [N, G] of every group, which the backward pass reads."""
-    call = _dense(Call(*args))
-    column = COLUMNS[_backends.choose("group_norm_silu", COLUMNS, call)]
-    if call.x.numel() == 0 and (call.skip is None or call.skip.numel() == 0):
-        return _forward_fake(*call)  # empty: shapes are all there is
-    outputs: tuple[Tensor, Tensor, Tensor] = column.forward(call)
-    return outputs
-
-
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*args)
     last, n, c, c_skip, _ = _geometry(call)
     y = _layout.empty((n, c + c_skip, *call.x.shape[2:]), last, call.x)
     mean = call.x.new_empty((n, call.num_groups), dtype=torch.promote_types(call.x.dtype, torch.float32))
     return y, mean, torch.empty_like(mean)
 
 
-def _backward(*args: Any) -> tuple[Tensor, ...]:
-    """Gradients of x, skip, weight, bias and channel_add, empty where not wanted: a schema has no optional results."""
-    call, (grad_y, mean, rstd, needs) = _dense(Call(*args[:-4])), args[-4:]
-    grad_y = _layout.as_layout(grad_y, _layout.is_channels_last(call.x))
-    if grad_y.numel() == 0:
-        return tuple(grad.zero_() for grad in _backward_fake(*call, grad_y, mean, rstd, needs))
-    column = COLUMNS[_backends.choose("group_norm_silu", COLUMNS, call)]
-    grads = column.backward(call, grad_y, mean, rstd, needs)  # type: ignore[misc]  # every column has one
-    return tuple(
-        call.x.new_empty(0) if grad is None or like is None or not need else grad.to(like.dtype)
-        for grad, like, need in zip(grads, call[:5], needs, strict=True)
-    )
-
-
-def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    call, needs = Call(*args[:-4]), args[-1]
-    last = _layout.is_channels_last(call.x)
-    return tuple(
-        call.x.new_empty(0) if like is None or not need else _layout.empty(like.shape, last, like)
-        for like, need in zip(call[:5], needs, strict=True)
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output[1:])
-    ctx.rest = inputs[5:]
-
-
-def _autograd_backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-    grad_y: Tensor = grad_outputs[0]  # mean and rstd are for us alone
-    *tensors, mean, rstd = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:5])
-    run = _backward_op if _library.tracing(grad_y) else _backward
-    grads = run(*tensors, *ctx.rest, grad_y, mean, rstd, needs)
-    wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return (*wanted, None, None, None)
-
-
-class _GroupNormSiLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        # with a `setup_context` of its own, apply() would bind the arguments by signature in every call: slow
-        output = _forward(*args)
-        _setup_context(ctx, args, output)
-        return output[0]
-
-    backward = staticmethod(torch.autograd.function.once_differentiable(_autograd_backward))  # type: ignore[assignment]
-
-
-_CALL = "Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? channel_add, int num_groups, float eps, bool silu"
-_forward_op = _library.define(
-    f"group_norm_silu({_CALL}) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_backward_op = _library.define(
-    f"group_norm_silu_backward({_CALL}, Tensor grad_y, Tensor mean, Tensor rstd, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-_library.define_autograd("group_norm_silu", _autograd_backward, _setup_context)
+_operator = Operator("group_norm_silu", Call, COLUMNS, dense=_dense, fake=_fake, saved=2)
 
 
 # ---- what tests, benchmarks and explain() are made from

@@ -11,6 +11,7 @@ from torch import Tensor
 from kolors_fast.kernels.device import guard
 
 from . import _backends, _layout, _library
+from ._operator import Operator
 from ._spec import Case, Inputs, OpSpec
 
 
@@ -97,7 +98,7 @@ def guided_step(
         sample, predictions, weights, coefficients,
         previous=previous, noise=noise, row=row, return_denoised=return_denoised,
     )  # fmt: skip
-    after, denoised = _step_op(*call) if _library.tracing(sample) else _run(call)
+    after, denoised = _operator(call)
     return after if denoised is None or not return_denoised else (after, denoised)
 
 
@@ -227,7 +228,7 @@ COLUMNS = {
 }
 
 
-# ---- from a call to a launcher: the direct route and the registered op share this
+# ---- from a call to a launcher
 
 
 def _dense(call: Call) -> Call:
@@ -245,35 +246,13 @@ def _dense(call: Call) -> Call:
     )
 
 
-def _run(call: Call) -> tuple[Tensor, Tensor | None]:
-    call = _dense(call)
-    column = COLUMNS[_backends.choose("guided_step", COLUMNS, call)]
-    if call.sample.numel() == 0:
-        return _step_fake(*call)
-    outputs: tuple[Tensor, Tensor | None] = column.forward(call)
-    return outputs
+def _fake(call: Call) -> tuple[Tensor, Tensor | None]:
+    last = _layout.is_channels_last(call.sample)
+    after = _layout.empty(call.sample.shape, last, call.sample)
+    return after, torch.empty_like(after) if call.return_denoised else None
 
 
-def _step(*args: Any) -> tuple[Tensor, Tensor]:
-    """next and denoised, which is empty where it is not wanted: a schema has no optional results."""
-    call = Call(*args)
-    after, denoised = _run(call)
-    return after, call.sample.new_empty(0) if denoised is None else denoised
-
-
-def _step_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    call = Call(*args)
-    shape, last = call.sample.shape, _layout.is_channels_last(call.sample)
-    after = _layout.empty(shape, last, call.sample)
-    return after, _layout.empty(shape, last, call.sample) if call.return_denoised else call.sample.new_empty(0)
-
-
-_step_op = _library.define(
-    "guided_step(Tensor sample, Tensor predictions, Tensor weights, Tensor coefficients, Tensor? row, "
-    "Tensor? previous, Tensor? noise, bool return_denoised) -> (Tensor, Tensor)",
-    _step,
-    _step_fake,
-)
+_operator = Operator("guided_step", Call, COLUMNS, dense=_dense, fake=_fake, outputs=2)
 
 
 # ---- what tests, benchmarks and explain() are made from

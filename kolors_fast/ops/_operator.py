@@ -1,0 +1,157 @@
+"""An op between its public function and its launchers: the two routes, the choice of a backend, and autograd.
+
+Eager calls go to a launcher directly, or through one `autograd.Function`; what is traced goes through the registered
+op. Both end in the same methods of `Operator`, and a generated test holds that they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _backends, _library
+
+_SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "int", "float": "float", "bool": "bool"}
+
+
+class Operator:
+    """A registered op whose launchers take a `Call`.
+
+    Args:
+        name: of the public function; the op becomes `kolors_fast::<name>`.
+        call: a NamedTuple of tensors followed by numbers: what the op takes, in its order. The first tensor names
+            device and dtype.
+        columns: the launchers. `forward(call)` returns the outputs and then what the backward pass reads besides the
+            call; an output that is not wanted is None. `backward(call, grads, saved, needs)` returns one gradient, or
+            None, per tensor of the call; a gradient that did not arrive is None in `grads`.
+        dense: a call -> the same call on tensors as the kernels read them.
+        fake: a call -> what `forward` returns, uninitialised.
+        outputs: how many results of `forward` are the op's, the rest being for the backward pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        call: type[Any],
+        columns: Mapping[str, _backends.Column],
+        *,
+        dense: Callable[[Any], Any],
+        fake: Callable[[Any], tuple[Tensor | None, ...]],
+        outputs: int = 1,
+        saved: int = 0,
+    ) -> None:
+        self.name, self.call, self.columns, self.dense, self.fake = name, call, columns, dense, fake
+        self.outputs, self.saved = outputs, saved
+        fields = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in _annotations(call).items()]
+        self.tensors = sum(field.startswith("Tensor") for field in fields)
+        results = ", ".join(["Tensor"] * (outputs + saved))
+        self.forward_op = _library.define(f"{name}({', '.join(fields)}) -> ({results})", self._forward, self._fake)
+        self.differentiable = columns["reference"].backward is not None
+        if self.differentiable:
+            self._define_backward(fields)
+
+    def _define_backward(self, fields: list[str]) -> None:
+        grads = [f"Tensor? grad_{i}" for i in range(self.outputs)]
+        kept = [f"Tensor saved_{i}" for i in range(self.saved)]
+        results = ", ".join(["Tensor"] * self.tensors)
+        schema = f"{self.name}_backward({', '.join([*fields, *grads, *kept])}, bool[] needs) -> ({results})"
+        self.backward_op = _library.define(schema, self._backward, self._backward_fake)
+        _library.define_autograd(self.name, self._autograd_backward, self._setup_context)
+        operator = self
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                # with a `setup_context` of its own, apply() would bind the arguments by signature in each call: slow
+                results = operator._forward(*args)
+                operator._setup_context(ctx, args, results)
+                return results[0] if operator.outputs == 1 else results[: operator.outputs]
+
+            backward = staticmethod(once_differentiable(operator._autograd_backward))  # type: ignore[assignment]
+
+        Function.__name__ = Function.__qualname__ = self.name
+        self.function = Function
+
+    def __call__(self, call: Any) -> Any:
+        """The op's output, or the tuple of its outputs."""
+        if _library.tracing(call[0]):
+            results = self.forward_op(*call)
+        elif self.differentiable and _library.wants_grad(call[: self.tensors]):
+            return self.function.apply(*call)
+        else:
+            results = self._run(call)
+        return results[0] if self.outputs == 1 else results[: self.outputs]
+
+    # ---- forward
+
+    def _run(self, call: Any) -> tuple[Any, ...]:
+        call = self.dense(call)
+        column = self.columns[_backends.choose(self.name, self.columns, call)]
+        if call[0].numel() == 0:
+            results = self.fake(call)
+            if results[0] is not None and results[0].numel() == 0:
+                return results  # empty: shapes are all there is
+        return tuple(column.forward(call))
+
+    def _forward(self, *args: Any) -> tuple[Tensor, ...]:
+        """A schema has no optional results: what is not wanted is empty."""
+        return _filled(self._run(self.call(*args)), args[0])
+
+    def _fake(self, *args: Any) -> tuple[Tensor, ...]:
+        return _filled(self.fake(self.dense(self.call(*args))), args[0])
+
+    # ---- backward
+
+    def _backward(self, *args: Any) -> tuple[Tensor, ...]:
+        call, grads, saved, needs = self._split(args)
+        call = self.dense(call)
+        if all(grad is None or grad.numel() == 0 for grad in grads):
+            return tuple(grad.zero_() for grad in self._gradients(call, needs))
+        column = self.columns[_backends.choose(self.name, self.columns, call)]
+        found = column.backward(call, grads, saved, needs)  # type: ignore[misc]  # every column has one
+        return tuple(
+            call[0].new_empty(0) if grad is None or like is None or not need else grad.to(like.dtype)
+            for grad, like, need in zip(found, call, needs, strict=False)
+        )
+
+    def _backward_fake(self, *args: Any) -> tuple[Tensor, ...]:
+        call, _, _, needs = self._split(args)
+        return self._gradients(self.dense(call), needs)
+
+    def _gradients(self, call: Any, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        return tuple(
+            call[0].new_empty(0) if like is None or not need else torch.empty_like(like)
+            for like, need in zip(call, needs, strict=False)
+        )
+
+    def _split(self, args: tuple[Any, ...]) -> tuple[Any, tuple[Tensor | None, ...], tuple[Tensor, ...], list[bool]]:
+        """The arguments of the backward op: the call, the outputs' gradients, what was saved, which are wanted."""
+        size = len(self.call._fields)
+        middle = size + self.outputs
+        return self.call(*args[:size]), args[size:middle], args[middle:-1], args[-1]
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[: self.tensors], *output[self.outputs :])
+        ctx.numbers = inputs[self.tensors :]
+
+    def _autograd_backward(self, ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads, kept = arrived[: self.outputs], ctx.saved_tensors  # what is saved is for us alone: no gradient arrives
+        needs = list(ctx.needs_input_grad[: self.tensors])
+        run = self.backward_op if any(g is not None and _library.tracing(g) for g in grads) else self._backward
+        found = run(*kept[: self.tensors], *ctx.numbers, *grads, *kept[self.tensors :], needs)
+        wanted = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+        return (*wanted, *[None] * len(ctx.numbers))
+
+
+def _annotations(call: type[NamedTuple]) -> dict[str, str]:
+    """Field -> its type as written; the modules of ops postpone the evaluation of annotations."""
+    return {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in call.__annotations__.items()}
+
+
+def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if result is None else result for result in results)
