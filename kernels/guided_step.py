@@ -32,14 +32,15 @@ class Config:
     vector: int  # elements that one 16-byte access may hold; 1 where an access could be misaligned
 
 
-def configure(elements: int, itemsize: int) -> Config:
-    """Config for a sample of `elements` elements whose narrowest tensor has `itemsize` bytes per element.
+def configure(elements: int, itemsize: int, aligned: bool) -> Config:
+    """Config for a sample of `elements` elements whose narrowest tensor has `itemsize` bytes per element; aligned:
+    whether every tensor starts at a multiple of 16 bytes.
 
     The latents of a 1024x1024 picture are 65,536 elements per sample, so blocks are small: the launch is
     bound by latency, and more of them answer sooner.
     """
     vector = 16 // itemsize
-    return Config(block=512, num_warps=2, vector=vector if elements % vector == 0 else 1)
+    return Config(block=512, num_warps=2, vector=vector if aligned and elements % vector == 0 else 1)
 
 
 @triton.jit(do_not_specialize=["elements"])
@@ -87,7 +88,8 @@ def step(
     elements = sample.numel()
     result = torch.empty_like(sample)
     denoised = torch.empty_like(result) if return_denoised else None
-    config = configure(elements, min(sample.element_size(), predictions.element_size()))
+    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (sample, predictions, previous, noise))
+    config = configure(elements, min(sample.element_size(), predictions.element_size()), aligned)
     with guard(sample):
         _step_kernel[(triton.cdiv(elements, config.block),)](
             sample, predictions, weights, coefficients, row, previous, noise, result, denoised, elements,

@@ -88,9 +88,14 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
-    """The inputs of a case in `dtype` on `device`, layouts kept; control tensors (spec: float32, int64) stay."""
+    """The inputs of a case in `dtype` on `device`, strides and offsets kept (`Tensor.to` would make them dense);
+    control tensors (spec: float32, int64) keep their dtype."""
 
     def one(value: Tensor) -> Tensor:
-        return value.to(device, dtype if value.dtype == torch.float64 else value.dtype)
+        kind = dtype if value.dtype == torch.float64 else value.dtype
+        if 0 in value.stride():
+            return value.to(device, kind)  # expanded: several elements share one place
+        storage = torch.zeros(value.untyped_storage().nbytes() // value.itemsize, dtype=kind, device=device)
+        return storage.as_strided(value.shape, value.stride(), value.storage_offset()).copy_(value)
 
     return {name: map_tensors(value, one) for name, value in inputs.items()}

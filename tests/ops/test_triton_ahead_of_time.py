@@ -1,21 +1,25 @@
 """Every Triton kernel compiles for A100, H100 and B200 without a GPU, without spills and with wide accesses.
 
-The launchers run on meta tensors with their kernels replaced by recorders, so that what is compiled is exactly what
-they would launch. This needs the real JIT, and Triton chooses between that and its interpreter once, at import: the
-work is done by this file run as a script, in a process of its own.
+The launchers run on meta tensors of the specs' cases with their kernels replaced by recorders, so that what is compiled
+is exactly what they would launch. This needs the real JIT, and Triton chooses between that and its interpreter once, at
+import: the work is done by this file run as a script, in a process of its own. The same script writes the table that
+the results are compared with, when a change is meant:
+
+    python tests/ops/test_triton_ahead_of_time.py --record
 """
 
 from __future__ import annotations
 
+import importlib
 import json
-import math
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,70 +28,28 @@ import pytest
 import torch
 from torch import Tensor
 
+from kolors_fast.ops import SPECS
+from kolors_fast.ops._spec import cast
+
+TABLE = Path(__file__).with_name("triton_resources.json")
 ARCHITECTURES = (80, 90, 100)
-HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A GroupNorm of [2, x + skip, side, side] in 32 groups."""
-
-    x: int
-    skip: int
-    side: int
-    channels_last: bool
-    dtype: torch.dtype = HALF
-    channel_add: bool = True
-    silu: bool = True
-    groups: int = 32
-    aligned: bool = True
-    backward: bool = True
-
-    @property
-    def wide(self) -> bool:
-        inner = (self.x, self.skip) if self.channels_last else (self.side**2,)
-        return self.aligned and all(length * self.dtype.itemsize % 16 == 0 for length in inner)
-
-
-VARIANTS = {
-    "resnet": Variant(320, 0, 128, True),
-    "straddled_seam": Variant(1280, 640, 64, True, BF16, channel_add=False),
-    "attention": Variant(1280, 0, 32, True, channel_add=False, silu=False, backward=False),
-    "autoencoder": Variant(128, 0, 512, True, FLOAT, channel_add=False, backward=False),
-    "one_group": Variant(512, 0, 16, True, groups=1, backward=False),
-    "nchw": Variant(640, 320, 64, False),
-    "nchw_fp32": Variant(320, 0, 64, False, FLOAT, backward=False),
-    "odd_channels": Variant(315, 37, 63, True),
-    "odd_address": Variant(640, 320, 64, True, aligned=False, backward=False),
-    "odd_pixels": Variant(96, 0, 63, False, BF16),
+COLUMNS = ("registers", "shared bytes", "bytes loaded 16 at a time", "bytes stored 16 at a time", "other bytes loaded")
+# of an op with many real shapes, those that compile to something else
+CASES = {
+    "group_norm_silu": (
+        "kolors_2x320x128x128",
+        "kolors_2x640+320x128x128",
+        "kolors_2x1280x32x32_no_silu",
+        "plain",
+        "seam",
+        "odd_channels_last",
+        "offset_view",
+    ),
 }
-STEPS = {"step_multistep": (4 * 128 * 128, True), "step_odd": (4 * 125 * 93, False)}
-# tensors of the picture's size that a kernel reads and writes: all of those accesses must be wide
-TENSORS = {
-    "_statistics_kernel": (1, 0),
-    "_apply_kernel": (1, 1),
-    "_grad_sums_kernel": (2, 0),
-    "_grad_input_kernel": (2, 1),
-}
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What one kernel of one variant became on one architecture; bytes are those of one thread and one tile."""
-
-    name: str
-    kernel: str
-    architecture: int
-    stack: int
-    local: int
-    registers: int
-    wide_loaded: int
-    wide_stored: int
-    tile_bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.kernel} for sm_{self.architecture}"
-
+# kernels that read partial sums and rows of channels only
+NARROW = ("_grad_groups_kernel",)
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+Row = dict[str, list[int]]  # architecture -> COLUMNS
 
 # ---- the process that compiles
 
@@ -102,149 +64,185 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def _launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any], int]]:
-    from kolors_fast.kernels import group_norm_silu, guided_step
+def _launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    """(op case dtype, kernel, arguments, options) of everything that the Triton columns launch, on 132 SMs."""
+    import kolors_fast.kernels
+    import triton
 
     made: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    for module in (group_norm_silu, guided_step):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            setattr(module, name, Recorder(getattr(module, name), made))
-    group_norm_silu.multiprocessors = lambda device: 132
+    for found in pkgutil.iter_modules(kolors_fast.kernels.__path__):
+        module = importlib.import_module(f"kolors_fast.kernels.{found.name}")
+        for name, value in list(vars(module).items()):
+            if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                setattr(module, name, Recorder(value, made))
+        if hasattr(module, "multiprocessors"):
+            module.multiprocessors = lambda device: 132
 
-    def meta(*shape: int, dtype: torch.dtype = HALF, aligned: bool = True) -> Tensor:
-        h = torch.empty(math.prod(shape) + 1, dtype=dtype, device="meta")
-        return (h[:-1] if aligned else h[1:]).view(shape)
-
-    for name, v in VARIANTS.items():
-        channels = v.x + v.skip
-        x = meta(2, v.x, v.side, v.side, dtype=v.dtype, aligned=v.aligned)
-        skip = meta(2, v.skip, v.side, v.side, dtype=v.dtype, aligned=v.aligned) if v.skip else None
-        affine = meta(channels, dtype=v.dtype)
-        add = meta(2, channels, dtype=v.dtype) if v.channel_add else None
-        y, mean, rstd = group_norm_silu.forward(x, skip, affine, affine, add, v.groups, 1e-5, v.silu, v.channels_last)
-        if v.backward:
-            group_norm_silu.backward(
-                y, x, skip, affine, affine, add, mean, rstd, v.groups, v.silu, v.channels_last, (True,) * 5
-            )
-        for kernel, args, options in made:
-            tile = options.get("BLOCK_P", 0) * options.get("BLOCK_C", 0) * v.dtype.itemsize
-            yield name, kernel, args, options, tile // (options["num_warps"] * 32)
-        made.clear()
-
-    for name, (elements, multistep) in STEPS.items():
-        sample, fp32 = meta(1, elements), meta(2, dtype=FLOAT)
-        table, row = meta(50, 6, dtype=FLOAT), meta(1, dtype=torch.int64)
-        previous = sample if multistep else None
-        guided_step.step(sample, meta(2, elements), fp32, table, row, previous, None, multistep)
-        for kernel, args, options in made:
-            yield name, kernel, args, options, options["BLOCK"] * 2 // (options["num_warps"] * 32)
-        made.clear()
+    for spec in SPECS.values():
+        operator = importlib.import_module(f"kolors_fast.ops.{spec.name}")._operator
+        names = CASES.get(spec.name) or [c.name for c in spec.cases if c.model or c.name in ("plain", "offset_view")]
+        for case in [case for case in spec.cases if case.name in names]:
+            for dtype_name, dtype in DTYPES.items():
+                if dtype_name == "bf16" and case.name != "plain":
+                    continue  # the same accesses as fp16
+                with torch.device("meta"):
+                    call = operator.dense(spec.prepare(**cast(case.make(None), dtype, "meta")))  # type: ignore[arg-type]
+                column, outputs = spec.columns["triton"], operator.outputs
+                results = column.forward(call)
+                if column.backward is not None:
+                    column.backward(call, results[:outputs], results[outputs:], [True] * operator.tensors)
+                for kernel, args, options in made:
+                    yield f"{spec.name} {case.name} {dtype_name}", kernel, args, options
+                made.clear()
 
 
 def _source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """What the JIT would compile for these arguments: integers are not specialised, pointers are when aligned."""
+    """What the JIT would compile for these arguments: integers are specialised unless told not to, pointers are when
+    aligned."""
     from triton.compiler import ASTSource
 
     bound = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
-    names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = bound[name]
+    names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    names |= {torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1", torch.int32: "*i32"}
+    signature: dict[str, str] = {}
+    constants, attributes = {}, {}
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = bound.get(name, parameter.default)
         if isinstance(value, Tensor):
             signature[name] = names[value.dtype]
             if value.data_ptr() % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-        elif value is None or name.isupper():
+        elif value is None or parameter.is_constexpr:
             signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
-            assert isinstance(value, float) or name in {p.name for p in kernel.params if p.do_not_specialize}
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if not parameter.do_not_specialize and value == 1:
+                signature[name], constants[(i,)] = "constexpr", 1
+            elif not parameter.do_not_specialize and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
+def _resources(compiled: Any) -> list[int]:
+    """COLUMNS, from the machine code and the PTX. Local memory, whether spills or arrays, ends the run."""
     spec = find_spec("triton")
     assert spec is not None and spec.origin is not None
     tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report.stdout)}
+    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report.stdout)}
+    loads, stores = (_accesses(compiled.asm["ptx"], access) for access in ("ld", "st"))
+    wide = [sum(size for size in sizes if size >= 16) for sizes in (loads, stores)]
+    local = used["STACK"] + used["LOCAL"]
+    return [used["REG"], compiled.metadata.shared, *wide, sum(loads) - wide[0], local]
 
 
-def _wide_bytes(ptx: str, access: str) -> int:
-    """Bytes moved by the instructions that move 16 or more at once."""
-    vectors = re.findall(rf"\b{access}\.global(?:[.:\w]*)\.v(\d)\.[bfu](\d+)", ptx)
-    sizes = [int(count) * int(bits) // 8 for count, bits in vectors]
-    return sum(size for size in sizes if size >= 16)
+def _accesses(ptx: str, access: str) -> list[int]:
+    """Bytes of every global load or store in the code; a loop's count once."""
+    found = re.findall(rf"\b{access}\.global(?:\.(?!v\d|[bfus]\d)[:\w]+)*(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    found += [
+        ("", str(8 * int(size))) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, 0x(\d+),", ptx)
+    ]
+    return [int(count or 1) * int(bits) // 8 for count, bits in found]
 
 
-def _compile_all() -> list[Compiled]:
+def _compile_all() -> dict[str, Row]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    results, seen = [], set()
-    for name, kernel, args, options, tile_bytes in _launches():
+    jobs, seen = [], set()
+    for name, kernel, args, options in _launches():
         source = _source(kernel, args, options)
-        if source.hash() in seen:
-            continue
-        seen.add(source.hash())
-        for architecture in ARCHITECTURES:
-            target = GPUTarget("cuda", architecture, 32)
-            compiled = triton.compile(source, target=target, options={"num_warps": options["num_warps"]})
-            used, ptx = _resources(compiled.asm["cubin"]), compiled.asm["ptx"]
-            result = Compiled(
-                name, kernel.__name__, architecture, used["STACK"], used["LOCAL"], used["REG"],
-                _wide_bytes(ptx, "ld"), _wide_bytes(ptx, "st"), tile_bytes,
-            )  # fmt: skip
-            results.append(result)
-    return results
+        settings = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
+        if (source.hash(), str(settings)) not in seen:
+            seen.add((source.hash(), str(settings)))
+            jobs.append((f"{name} {kernel.__name__}", source, settings))
+
+    def compile_one(job: tuple[str, Any, dict[str, int]]) -> tuple[str, Row]:
+        name, source, settings = job
+        return name, {
+            f"sm_{a}": _resources(triton.compile(source, target=GPUTarget("cuda", a, 32), options=settings))
+            for a in ARCHITECTURES
+        }
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # ptxas runs outside the interpreter's lock
+        rows = list(pool.map(compile_one, jobs))
+    assert len({name for name, _ in rows}) == len(rows), "two launches of a case share a name"
+    return dict(rows)
 
 
 # ---- the tests
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Compiled]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     if find_spec("triton") is None:
         pytest.skip("triton is not installed")
+    return _run(tmp_path_factory.mktemp("triton"))
+
+
+def _run(cache: Path) -> dict[str, Row]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # compile, rather than remember
+    environment["TRITON_CACHE_DIR"] = str(cache)  # compile, rather than remember
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return [Compiled(**row) for row in json.loads(run.stdout)]
+    return json.loads(run.stdout)  # type: ignore[no-any-return]
 
 
-def test_every_kernel_compiles_for_every_architecture(compiled: list[Compiled]) -> None:
-    from kolors_fast.kernels import group_norm_silu, guided_step
+def _version() -> str:
+    import triton
 
-    kernels = {name for module in (group_norm_silu, guided_step) for name in vars(module) if name.endswith("_kernel")}
-    assert {(c.kernel, c.architecture) for c in compiled} == {(k, a) for k in kernels for a in ARCHITECTURES}
-
-
-def test_no_spills_and_no_local_memory(compiled: list[Compiled]) -> None:
-    assert not [str(c) for c in compiled if c.stack or c.local]
+    return str(triton.__version__)
 
 
-def test_two_programs_share_a_multiprocessor(compiled: list[Compiled]) -> None:
-    """65,536 registers for two programs of 256 threads: at most 128 each, or latency has nothing to hide behind."""
-    assert not [f"{c}: {c.registers}" for c in compiled if c.registers > 128]
+def test_every_kernel_compiles_for_every_architecture(compiled: dict[str, Row]) -> None:
+    kernels = set()
+    for path in (Path(__file__).parents[2] / "kernels").glob("*.py"):
+        kernels |= set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    assert {name.split()[-1] for name in compiled} == kernels
+    assert all(set(row) == {f"sm_{a}" for a in ARCHITECTURES} for row in compiled.values())
 
 
-def test_aligned_tiles_move_in_16_byte_accesses(compiled: list[Compiled]) -> None:
+def test_no_spills_and_no_local_memory(compiled: dict[str, Row]) -> None:
+    assert not [f"{name} on {a}" for name, row in compiled.items() for a, values in row.items() if values[-1]]
+
+
+def test_real_shapes_move_in_16_byte_accesses(compiled: dict[str, Row]) -> None:
     checked = 0
-    for c in compiled:
-        if c.kernel in TENSORS and VARIANTS[c.name].wide:
-            loads, stores = TENSORS[c.kernel]
-            assert c.wide_loaded >= loads * c.tile_bytes > 0, c
-            assert c.wide_stored == stores * c.tile_bytes, c
+    for name, row in compiled.items():
+        op, case, _, kernel = name.split()
+        if kernel not in NARROW and next(c for c in SPECS[op].cases if c.name == case).model:
+            assert all(values[2] > 0 for values in row.values()), name
             checked += 1
-        elif c.name == "step_multistep":
-            assert (c.wide_loaded, c.wide_stored) == (4 * c.tile_bytes, 2 * c.tile_bytes), c
-            checked += 1
-    assert checked > len(compiled) // 2
+    assert checked > len(compiled) // 3
+
+
+def test_registers_and_accesses_are_those_of_the_table(compiled: dict[str, Row]) -> None:
+    """A change is meant, or it is a loss: `--record` writes the table anew, and the difference is read in review."""
+    recorded = json.loads(TABLE.read_text())
+    if recorded["triton"] != _version():
+        pytest.skip(f"the table was recorded with triton {recorded['triton']}, this is {_version()}")
+    found = {name: {a: values[:-1] for a, values in row.items()} for name, row in compiled.items()}
+    assert found == recorded["kernels"]
+
+
+def record() -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        rows = _run(Path(cache))
+    lines = [
+        f"  {json.dumps(name)}: {json.dumps({a: values[:-1] for a, values in row.items()})}"
+        for name, row in rows.items()
+    ]
+    head = f'{{"triton": {json.dumps(_version())}, "columns": {json.dumps(COLUMNS)}, "kernels": {{\n'
+    TABLE.write_text(head + ",\n".join(lines) + "\n}}\n")
 
 
 if __name__ == "__main__":
-    json.dump([asdict(result) for result in _compile_all()], sys.stdout)
+    if "--record" in sys.argv:
+        record()
+    else:
+        json.dump(_compile_all(), sys.stdout)
