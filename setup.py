@@ -1,7 +1,8 @@
 """Build of kolors_fast: `kernels/` becomes `kolors_fast.kernels`, `csrc/` the extensions `_cpu` and `_cuda`.
 
 No torch here: the extensions take raw pointers. Ninja compiles into `build/`, and again only what changed.
-Environment: MAX_JOBS (parallel compilers), CXX, CUDA_HOME, KOLORS_FAST_CUDA_ARCHS (e.g. "80;90").
+Environment: MAX_JOBS (parallel compilers), CXX, CUDA_HOME, KOLORS_FAST_CUDA_ARCHS (e.g. "80;90", or "none" to leave
+the CUDA extension out).
 """
 
 import os
@@ -125,12 +126,14 @@ class NinjaBuildExt(build_ext):
     def run(self) -> None:
         if not sys.platform.startswith("linux"):
             raise SystemExit(f"kolors_fast builds on Linux only, this is {sys.platform}.")
-        nvcc = find_nvcc() if (CSRC / "bindings_cuda.cu").is_file() else None
+        unwanted = os.environ.get("KOLORS_FAST_CUDA_ARCHS") == "none"
+        nvcc = None if unwanted else find_nvcc()
         archs = cuda_archs() if nvcc else []
         if nvcc:
             cuda_status = "built for " + ", ".join(f"sm_{arch}" for arch in archs)
         else:
-            cuda_status = "not built: no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
+            missing = "no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda"
+            cuda_status = f"not built: {'KOLORS_FAST_CUDA_ARCHS=none' if unwanted else missing}"
             self.extensions = [extension for extension in self.extensions if extension.name != "kolors_fast._cuda"]
         jobs = job_count()
         print(f"kolors_fast: CUDA extension {cuda_status}; {jobs} parallel compilers", flush=True)

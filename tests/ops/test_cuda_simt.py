@@ -8,6 +8,7 @@ that a fixed order of threads cannot show (both orders are run).
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -77,9 +78,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
     # longjmp between fibres is what the fortified longjmp forbids
     flags += ["-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-shared", "-fPIC"]
+    flags += os.environ.get("KOLORS_FAST_TEST_SIMT_FLAGS", "").split()  # of .ci/sanitize
     flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/simt'}"]
     sources = [str(ROOT / "tests/simt" / name) for name in ("kernels.cpp", "self_test.cpp")]
-    built = subprocess.run([compiler, *flags, *sources, "-o", str(target)], capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of .ci/sanitize too
+    command = [compiler, *flags, *sources, "-o", str(target)]
+    built = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert built.returncode == 0, built.stderr
     return ctypes.CDLL(str(target))
 

@@ -6,7 +6,6 @@
 // What it cannot run: atomics, clusters, asynchronous copies, tensor cores.
 #pragma once
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -120,9 +119,13 @@ namespace simt {
 
 enum class State { ready, barrier, shuffle, done };
 
+// Saved places to go on at. The compiler's own pair: the C library's costs AddressSanitizer a sweep of the stack a
+// switch.
+using Resume = void *[5];
+
 struct Fibre {
     ucontext_t start;
-    jmp_buf resume;
+    Resume resume;
     std::unique_ptr<char[]> stack;
     State state;
     unsigned shuffles;
@@ -140,7 +143,7 @@ inline std::vector<float4> shared_memory;
 inline std::vector<float> exchanged; // [2][threads]: what each lane offers in even and odd shuffles
 inline const std::function<void()> *body;
 inline ucontext_t main_start;
-inline jmp_buf main_resume;
+inline Resume main_resume;
 
 } // namespace simt
 
@@ -169,10 +172,12 @@ inline cudaError_t cudaMemsetAsync(void *address, int value, size_t bytes, cudaS
 
 namespace simt {
 
-inline void yield(State state) {
+__attribute__((noinline, no_sanitize("address"))) inline void go_to(Resume &place) { __builtin_longjmp(place, 1); }
+
+__attribute__((noinline, no_sanitize("address"))) inline void yield(State state) {
     fibres[thread].state = state;
-    if (!_setjmp(fibres[thread].resume))
-        _longjmp(main_resume, 1);
+    if (!__builtin_setjmp(fibres[thread].resume))
+        go_to(main_resume);
 }
 
 inline void fail(cudaError_t code) {
@@ -185,16 +190,16 @@ inline void fibre_main() {
     yield(State::done);
 }
 
-inline void run(unsigned t) {
+__attribute__((noinline, no_sanitize("address"))) inline void run(unsigned t) {
     Fibre &fibre = fibres[t];
     thread = t;
     threadIdx.x = t;
     const bool fresh = fibre.stack == nullptr || fibre.shuffles == ~0u;
     fibre.state = State::ready;
-    if (_setjmp(main_resume))
+    if (__builtin_setjmp(main_resume))
         return;
     if (!fresh)
-        _longjmp(fibre.resume, 1);
+        go_to(fibre.resume);
     if (!fibre.stack)
         fibre.stack.reset(new char[kStack]);
     fibre.shuffles = 0;
@@ -233,7 +238,7 @@ inline bool release() {
 }
 
 inline void run_block() {
-    std::memset(static_cast<void *>(shared_memory.data()), 0xff, shared_memory.size() * sizeof(float4));
+    std::fill(shared_memory.begin(), shared_memory.end(), float4{NAN, NAN, NAN, NAN});
     for (Fibre &fibre : fibres)
         fibre.state = State::ready, fibre.shuffles = ~0u;
     do {
