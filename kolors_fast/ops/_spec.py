@@ -41,6 +41,39 @@ class Tolerance:
     floor: float = 0.5
     gradient_floor: float = 1.5
 
+    def violation(self, ours: Tensor, eager: Tensor, truth: Tensor, *, gradient: bool = False) -> str | None:
+        """How `ours` breaks the contract, or None. truth: float64; eager: of eager PyTorch in the dtype of ours.
+
+        What is not finite in the truth must not be finite in ours, and the other way round.
+        """
+        if ours.shape != truth.shape:
+            return f"shape {list(ours.shape)}, expected {list(truth.shape)}"
+        if not ours.is_floating_point():
+            return None if torch.equal(ours, truth.to(ours.dtype)) else "not equal"
+        finite = truth.isfinite()
+        if not torch.equal(ours.isfinite(), finite):
+            return "not finite in other places than the truth"
+        if not finite.any():
+            return None
+        error, eager_error = ours.double() - truth, (eager.double() - truth)[finite].nan_to_num(0, 0, 0)
+        error, truth = error[finite], truth[finite]
+        floor = torch.finfo(ours.dtype).eps * (self.gradient_floor if gradient else self.floor)
+        rms_bound = self.rms * _rms(eager_error) + floor * _rms(truth)
+        if not _rms(error) <= rms_bound:
+            return f"rms error {_rms(error):.3g}, allowed {rms_bound:.3g}"
+        max_bound = self.max * _largest(eager_error) + 2 * floor * _largest(truth)
+        if not _largest(error) <= max_bound:
+            return f"largest error {_largest(error):.3g}, allowed {max_bound:.3g}"
+        return None
+
+
+def _rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+def _largest(error: Tensor) -> float:
+    return error.abs().max().item()
+
 
 @dataclass(frozen=True)
 class OpSpec:
