@@ -1,0 +1,136 @@
+"""The numeric contract on inputs that nobody chose: random shapes, strides, dtypes, offsets and magnitudes.
+
+Hypothesis draws the arguments of each op and, when one breaks the contract, the smallest that still does. The C++ CPU
+column is tested: the others share everything above the kernel, and run on the fixed cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kolors_fast.ops import SPECS, _backends, use_backend
+from kolors_fast.ops._spec import Inputs, cast, map_tensors, tensors
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAGNITUDES = ((1.0, 0.0), (1e-3, 0.0), (1e3, 0.0), (1.0, 50.0))  # standard deviation, mean
+FLOAT64 = torch.float64
+
+
+class Draws:
+    """Random sizes and float64 tensors, all from one draw of Hypothesis."""
+
+    def __init__(self, draw: Callable[[Any], Any]) -> None:
+        self.draw = draw
+        self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        self.deviation, self.mean = draw(st.sampled_from(MAGNITUDES))
+
+    def size(self, most: int, least: int = 1) -> int:
+        return self.draw(st.integers(least, most))  # type: ignore[no-any-return]
+
+    def sizes(self, count: int, most: int) -> tuple[int, ...]:
+        return tuple(self.size(most) for _ in range(count))
+
+    def chance(self) -> bool:
+        return self.draw(st.booleans())  # type: ignore[no-any-return]
+
+    def flat(self, *shape: int, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=FLOAT64) * deviation + mean
+
+    def tensor(self, *shape: int, last_dense: bool = False) -> Tensor:
+        """Of this example's magnitude, with any order of strides, gaps and offset."""
+        values = self.flat(*shape, mean=self.mean, deviation=self.deviation)
+        return self.placed(values, last_dense)
+
+    def placed(self, values: Tensor, last_dense: bool = False) -> Tensor:
+        """The same values elsewhere in memory: axes in any order, every second element, an offset."""
+        order = list(self.draw(st.permutations(range(values.dim() - last_dense))))
+        order += [values.dim() - 1] if last_dense else []
+        step = 1 if last_dense else self.draw(st.sampled_from((1, 1, 2)))
+        offset = self.draw(st.integers(0, 9))
+        storage = torch.full((offset + step * values.numel() + 8,), float("nan"), dtype=FLOAT64)
+        strides, stride = [0] * values.dim(), step
+        for axis in reversed(order):
+            strides[axis] = stride
+            stride *= max(values.shape[axis], 1)
+        return storage.as_strided(values.shape, strides, offset).copy_(values)
+
+
+def group_norm_silu(d: Draws) -> Inputs:
+    groups, width = d.size(4), d.size(6, least=2)  # PyTorch refuses groups of one value
+    total = groups * width
+    skipped = d.size(total - 1) if total > 1 and d.chance() else 0
+    n, spatial = d.size(3, least=0), d.sizes(d.size(2, least=0), 7)
+    return {
+        "x": d.tensor(n, total - skipped, *spatial),
+        "num_groups": groups,
+        "weight": d.flat(total, mean=1.0, deviation=0.3),
+        "bias": d.flat(total),
+        "eps": d.draw(st.sampled_from((1e-5, 1e-6))),
+        "skip": d.tensor(n, skipped, *spatial) if skipped else None,
+        "channel_add": d.flat(n, total, deviation=d.deviation) if d.chance() else None,
+        "activation": "silu" if d.chance() else None,
+    }
+
+
+def guided_step(d: Draws) -> Inputs:
+    shape, predictions = (d.size(3, least=0), *d.sizes(d.size(3), 6)), d.size(3)
+    return {
+        "sample": d.tensor(*shape),
+        "predictions": d.tensor(predictions * shape[0], *shape[1:]),
+        "weights": d.flat(predictions).float(),
+        "coefficients": d.flat(6).float(),
+        "previous": d.tensor(*shape) if d.chance() else None,
+        "noise": d.tensor(*shape) if d.chance() else None,
+        "return_denoised": d.chance(),
+    }
+
+
+INPUTS: dict[str, Callable[[Draws], Inputs]] = {"group_norm_silu": group_norm_silu, "guided_step": guided_step}
+
+
+def run(function: Callable[..., Any], inputs: Inputs, gradients: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Results and gradients, the latter for seeded gradients of all results that bf16 holds exactly."""
+    given_leaves = {n: map_tensors(inputs.get(n), lambda t: t.detach().requires_grad_()) for n in gradients}
+    leaves = [leaf for value in given_leaves.values() for leaf in tensors(value)]
+    found = function(**{**inputs, **given_leaves})
+    results = [y for y in (found if isinstance(found, tuple) else [found]) if y is not None]
+    if not leaves:
+        return results, []
+    generator = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in results]
+    return [y.detach() for y in results], list(torch.autograd.grad(results, leaves, seeds))
+
+
+def double(inputs: Inputs) -> Inputs:
+    def one(value: Tensor) -> Tensor:
+        return value.double().contiguous() if value.is_floating_point() else value
+
+    return {name: map_tensors(value, one) for name, value in inputs.items()}
+
+
+def test_every_op_has_properties() -> None:
+    assert {name for name, spec in SPECS.items() if not spec.mutated} == set(INPUTS)
+
+
+@pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
+@pytest.mark.parametrize("name", INPUTS)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_the_contract_holds(name: str, data: st.DataObject) -> None:
+    spec, dtype = SPECS[name], data.draw(st.sampled_from(DTYPES))
+    inputs = cast(INPUTS[name](Draws(data.draw)), dtype)
+    with use_backend("cpu"):
+        ours = run(spec.function, inputs, spec.gradients)
+    truth = run(spec.reference, double(inputs), spec.gradients)
+    eager = run(spec.eager, {n: map_tensors(v, Tensor.contiguous) for n, v in inputs.items()}, spec.gradients)
+    for gradient in (False, True):
+        for i, (o, e, t) in enumerate(zip(ours[gradient], eager[gradient], truth[gradient], strict=True)):
+            broken = spec.tolerance.violation(o, e, t, gradient=gradient)
+            assert broken is None, f"{'gradient' if gradient else 'result'} {i} in {dtype}: {broken}"
