@@ -27,11 +27,13 @@ CXX_FLAGS = [
     # GCC 12 reports its own intrinsics as uninitialised; no vector crosses an object file
     *("-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 # every kernel source is compiled once per instruction set; the choice is made at run time
 ISA_FLAGS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "avx512": AVX512_FLAGS,
+    "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
 }
 ISA_INDEPENDENT = ("isa.cpp", "parallel.cpp")
 

@@ -80,7 +80,8 @@ PYBIND11_MODULE(_cpu, module) {
     using py::arg;
     module.doc() = "CPU kernels of kolors_fast. Tensors are addresses (0: absent); dtypes are 0 float32, 1 float16, "
                    "2 bfloat16. workspace and stream are for the GPU and ignored.";
-    module.def("isa", &isa, "The instruction set in use: avx512, avx2 or generic (KOLORS_FAST_CPU_ISA forces one).");
+    module.def("isa", &isa,
+               "The instruction set in use: avx512bf16, avx512, avx2 or generic (KOLORS_FAST_CPU_ISA forces one).");
     module.def(
         "build_info", [] { return py::dict(arg("compiler") = __VERSION__, arg("cuda") = KOLORS_FAST_CUDA_STATUS); },
         "The compiler, and whether the CUDA extension was built or why not.");

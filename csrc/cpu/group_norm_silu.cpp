@@ -10,8 +10,6 @@ namespace kolors_fast {
 namespace KOLORS_FAST_ISA {
 namespace {
 
-constexpr int64_t kPivotRows = 8;
-
 struct Moments {
     double mean, squares; // sum of squared deviations from the mean
 };
@@ -20,14 +18,10 @@ template <typename T> struct ForwardPasses {
     const GroupNormSiluForward &a;
     Layout<T> layout;
     int64_t slots = layout.slots;
-    std::unique_ptr<Moments[]> moments; // [units, blocks, groups] or [units, blocks]
-    std::unique_ptr<float[]> tables;    // weight, bias, then 4 tables per sample, then 3 per thread
+    Workspace<float> tables; // weight, bias, then 4 tables per sample
 
-    ForwardPasses(const GroupNormSiluForward &arguments, int threads)
-        : a(arguments), layout(a.shape, a.x, a.skip),
-          moments(workspace<Moments>(layout.units() * layout.blocks() *
-                                     (layout.shape.channels_last ? layout.shape.groups : 1))),
-          tables(workspace<float>((2 + 4 * a.shape.n + 3 * threads) * slots)) {
+    explicit ForwardPasses(const GroupNormSiluForward &arguments)
+        : a(arguments), layout(a.shape, a.x, a.skip), tables(workspace<float>((2 + 4 * a.shape.n) * slots)) {
         fill_table(layout, a.weight, 1.0f, tables.get());
         fill_table(layout, a.bias, 0.0f, tables.get() + slots);
     }
@@ -38,7 +32,6 @@ template <typename T> struct ForwardPasses {
     float *shift(int64_t n) const { return added(n) + slots; }
     float *scale(int64_t n) const { return added(n) + 2 * slots; }
     float *offset(int64_t n) const { return added(n) + 3 * slots; }
-    float *scratch(int thread) const { return tables.get() + (2 + 4 * a.shape.n + 3 * thread) * slots; }
 
     void add_channels(int64_t n, int64_t begin, int64_t end) const {
         const T *values = static_cast<const T *>(a.channel_add) + n * a.shape.channels();
@@ -63,91 +56,97 @@ template <typename T> struct ForwardPasses {
         }
     }
 
-    KOLORS_FAST_INLINE Floats activate(Floats v) const { return a.shape.silu ? v * sigmoid(v) : v; }
+    KOLORS_FAST_INLINE Floats activate(Floats v) const { return a.shape.silu ? silu<T>(v) : v; }
 };
 
 template <typename T> struct ChannelsLastForward : ForwardPasses<T> {
     using Base = ForwardPasses<T>;
-    using Base::a, Base::layout, Base::Base, Base::slots;
+    using Base::a, Base::layout, Base::slots;
+    Workspace<float> partial; // [n, blocks, 3, slots]: pivot, then the sums of x - pivot and of its square
+    Workspace<double> total;  // [n, 3, slots]: origin, then the sums of x - origin and of its square
+
+    explicit ChannelsLastForward(const GroupNormSiluForward &arguments)
+        : Base(arguments), partial(workspace<float>(a.shape.n * layout.blocks() * 3 * slots)),
+          total(workspace<double>(a.shape.n * 3 * slots)) {}
 
     void prepare(int64_t n) const { this->add_channels(n, 0, a.shape.channels()); }
 
-    void first(int64_t n, int64_t block, int thread) const {
+    void first(int64_t n, int64_t block) const {
         const Rows rows(layout, n, block);
-        float *pivot = this->scratch(thread), *sum = pivot + slots, *square = sum + slots;
-        for (const Part<T> &part : layout.parts)
-            sum_part(part, part.data + rows.offset(a.shape.hw, part.channels), rows.count, pivot + part.slot,
-                     sum + part.slot, square + part.slot);
-        const float *added = this->added(n);
-        const int64_t width = a.shape.group_channels();
-        Moments *moments = this->moments.get() + (n * layout.blocks() + block) * a.shape.groups;
-        const double count = static_cast<double>(rows.count), inverse = 1.0 / count;
-        for (int64_t group = 0; group < a.shape.groups; ++group) {
-            // relative to the first channel's mean, so that fp64 has digits to spare
-            const auto channel_mean = [&](int64_t slot) {
-                return static_cast<double>(pivot[slot]) + added[slot] + sum[slot] * inverse;
-            };
-            const double origin = channel_mean(layout.slot_of(group * width));
-            double means = 0, mean_squares = 0, squares = 0;
-            for (int64_t channel = group * width; channel < (group + 1) * width; ++channel) {
-                const int64_t slot = layout.slot_of(channel);
-                const double deviation = channel_mean(slot) - origin, s = sum[slot];
-                means += deviation;
-                mean_squares += deviation * deviation;
-                squares += square[slot] - s * s * inverse;
-            }
-            const double mean = means / width;
-            moments[group] = {origin + mean, squares + count * (mean_squares - means * mean)};
+        float *pivot = partial.get() + (n * layout.blocks() + block) * 3 * slots;
+        for (const Part<T> &part : layout.parts) {
+            const T *x = part.data + rows.offset(a.shape.hw, part.channels);
+            for_rows(rows.count, [&](int64_t row, auto rows_at_once) {
+                if (row == 0)
+                    add_rows<rows_at_once, true>(part.channels, x, pivot + part.slot);
+                else
+                    add_rows<rows_at_once, false>(part.channels, x + row * part.channels, pivot + part.slot);
+            });
         }
     }
 
-    static void sum_part(const Part<T> &part, const T *rows, int64_t count, float *pivot, float *sum, float *square) {
-        const int64_t stride = part.channels, pivot_rows = at_most(kPivotRows, count);
-        for_vectors(part.channels, [&](int64_t i, auto vector) {
-            Floats total = {};
-            for (int64_t row = 0; row < pivot_rows; ++row)
-                total += vector.load(rows + row * stride + i);
-            store(pivot + i, total / static_cast<float>(pivot_rows));
-            store(sum + i, Floats{});
-            store(square + i, Floats{});
-        });
-        int64_t row = 0;
-        for (; row + 4 <= count; row += 4)
-            add_rows<4>(part.channels, rows + row * stride, pivot, sum, square);
-        for (; row < count; ++row)
-            add_rows<1>(part.channels, rows + row * stride, pivot, sum, square);
-    }
-
-    // Adds kRows rows to the sums of a block; more at once means fewer trips of the sums through memory.
-    template <int kRows>
-    static void add_rows(int64_t channels, const T *rows, const float *pivot, float *sum, float *square) {
+    // Adds kRows rows to the sums of a block, the first of which set the pivot.
+    template <int kRows, bool kFirst> void add_rows(int64_t channels, const T *x, float *pivot) const {
+        float *sum = pivot + slots, *square = sum + slots;
         for_vectors(channels, [&](int64_t i, auto vector) {
+            prefetch_rows<kRows>(x, i);
+            Floats values[kRows], p = {};
+            for (int k = 0; k < kRows; ++k)
+                values[k] = vector.load(x + k * channels + i);
+            if (kFirst) {
+                for (int k = 0; k < kRows; ++k)
+                    p += values[k];
+                p *= 1.0f / kRows;
+                store(pivot + i, p);
+            } else {
+                p = load(pivot + i);
+            }
             Floats s = {}, q = {};
             for (int k = 0; k < kRows; ++k) {
-                const Floats d = vector.load(rows + k * channels + i) - load(pivot + i);
+                const Floats d = values[k] - p;
                 s += d;
                 q += d * d;
             }
-            store(sum + i, load(sum + i) + s);
-            store(square + i, load(square + i) + q);
+            store(sum + i, kFirst ? s : load(sum + i) + s);
+            store(square + i, kFirst ? q : load(square + i) + q);
         });
     }
 
     void finish(int64_t n) const {
-        const int64_t blocks = layout.blocks(), groups = a.shape.groups;
-        const Moments *moments = this->moments.get() + n * blocks * groups;
-        const double width = static_cast<double>(a.shape.group_channels());
-        for (int64_t group = 0; group < groups; ++group) {
+        const double hw = static_cast<double>(a.shape.hw);
+        double *origin = total.get() + n * 3 * slots, *sum = origin + slots, *square = sum + slots;
+        for (int64_t block = 0; block < layout.blocks(); ++block)
+            merge_block(n, block, origin, sum, square);
+        const float *added = this->added(n);
+        const int64_t width = a.shape.group_channels();
+        for (int64_t group = 0; group < a.shape.groups; ++group) {
+            const auto channel_mean = [&](int64_t slot) { return origin[slot] + added[slot] + sum[slot] / hw; };
             double mean = 0, squares = 0;
-            for (int64_t block = 0; block < blocks; ++block)
-                mean += moments[block * groups + group].mean * Rows(layout, n, block).count;
-            mean /= static_cast<double>(a.shape.hw);
-            for (int64_t block = 0; block < blocks; ++block) {
-                const Moments &part = moments[block * groups + group];
-                const double deviation = part.mean - mean;
-                squares += part.squares + width * Rows(layout, n, block).count * deviation * deviation;
+            for (int64_t channel = group * width; channel < (group + 1) * width; ++channel)
+                mean += channel_mean(layout.slot_of(channel));
+            mean /= static_cast<double>(width);
+            for (int64_t channel = group * width; channel < (group + 1) * width; ++channel) {
+                const int64_t slot = layout.slot_of(channel);
+                const double deviation = channel_mean(slot) - mean;
+                squares += square[slot] - sum[slot] * sum[slot] / hw + hw * deviation * deviation;
             }
             this->set_group(n, group, mean, squares);
+        }
+    }
+
+    // The origin is each channel's mean in the first block, so that fp64 has digits to spare.
+    void merge_block(int64_t n, int64_t block, double *origin, double *sum, double *square) const {
+        const float *pivot = partial.get() + (n * layout.blocks() + block) * 3 * slots;
+        const double count = static_cast<double>(Rows(layout, n, block).count), inverse = 1.0 / count;
+        if (block == 0)
+            for (int64_t i = 0; i < slots; ++i) {
+                origin[i] = pivot[i] + pivot[slots + i] * inverse;
+                sum[i] = square[i] = 0;
+            }
+        for (int64_t i = 0; i < slots; ++i) {
+            const double s = pivot[slots + i], deviation = pivot[i] + s * inverse - origin[i];
+            sum[i] += count * deviation;
+            square[i] += pivot[2 * slots + i] - s * s * inverse + count * deviation * deviation;
         }
     }
 
@@ -170,7 +169,11 @@ template <typename T> struct ChannelsLastForward : ForwardPasses<T> {
 
 template <typename T> struct ChannelsFirstForward : ForwardPasses<T> {
     using Base = ForwardPasses<T>;
-    using Base::a, Base::layout, Base::Base;
+    using Base::a, Base::layout;
+    Workspace<Moments> moments; // [units, blocks]
+
+    explicit ChannelsFirstForward(const GroupNormSiluForward &arguments)
+        : Base(arguments), moments(workspace<Moments>(layout.units() * layout.blocks())) {}
 
     const T *input(const Run &run) const {
         const Part<T> &part = layout.part_of(run.channel);
@@ -182,7 +185,7 @@ template <typename T> struct ChannelsFirstForward : ForwardPasses<T> {
         this->add_channels(unit / a.shape.groups, group * width, (group + 1) * width);
     }
 
-    void first(int64_t unit, int64_t block, int) const {
+    void first(int64_t unit, int64_t block) const {
         const Run run(layout, unit, block);
         const T *x = input(run);
         const int64_t pivot_count = at_most(run.count, padded(ceil_div(run.count, 16)));
@@ -204,8 +207,8 @@ template <typename T> struct ChannelsFirstForward : ForwardPasses<T> {
         });
         const double sum = sum_lanes(sums), square = sum_lanes(squares);
         const float added = this->added(run.n)[layout.slot_of(run.channel)];
-        this->moments[unit * layout.blocks() + block] = {static_cast<double>(pivot) + added + sum / run.count,
-                                                         square - sum * sum / run.count};
+        moments[unit * layout.blocks() + block] = {static_cast<double>(pivot) + added + sum / run.count,
+                                                   square - sum * sum / run.count};
     }
 
     void finish(int64_t unit) const {
@@ -241,11 +244,13 @@ void group_norm_silu_forward(const GroupNormSiluForward &a) {
     for_dtype(a.shape.dtype, [&](auto element) {
         using T = decltype(element);
         const Layout<T> layout(a.shape, a.x, a.skip);
-        const int threads = layout.threads();
+        const auto run = [&](const auto &passes) {
+            run_passes(layout.units(), layout.blocks(), layout.threads(), passes);
+        };
         if (layout.shape.channels_last)
-            run_passes(layout.units(), layout.blocks(), threads, ChannelsLastForward<T>(a, threads));
+            run(ChannelsLastForward<T>(a));
         else
-            run_passes(layout.units(), layout.blocks(), threads, ChannelsFirstForward<T>(a, threads));
+            run(ChannelsFirstForward<T>(a));
     });
 }
 

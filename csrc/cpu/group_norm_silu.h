@@ -8,14 +8,19 @@
 #include "parallel.h"
 #include "simd.h"
 
+#include <cstdlib>
 #include <memory>
+#include <new>
+#include <type_traits>
 
 namespace kolors_fast {
 namespace KOLORS_FAST_ISA {
 namespace {
 
-constexpr int64_t kBlockElements = 1 << 15;  // of channels_last: few enough to share one sample among threads
-constexpr int64_t kBlockRows = 256;          // bounds the rounding error of the sums
+constexpr int64_t kBlockElements = 1 << 16; // of channels_last: few enough to share one sample among threads
+constexpr int64_t kBlockRows = 256;         // bounds the rounding error of the sums
+constexpr int kRowsAtOnce = 4;
+constexpr int64_t kPrefetchBytes = 1 << 14;
 constexpr int64_t kRunElements = 1 << 13;    // of one channel, for both reasons
 constexpr int64_t kSerialElements = 1 << 14; // below this a second thread costs more than it saves
 
@@ -81,6 +86,22 @@ struct Rows {
     int64_t offset(int64_t hw, int64_t channels) const { return (n * hw + first) * channels; }
 };
 
+// Calls body(row, number of rows) for each few rows at a time: the fewer are the trips of the sums through memory.
+template <typename Body> KOLORS_FAST_INLINE void for_rows(int64_t count, const Body &body) {
+    int64_t row = 0;
+    for (; row + kRowsAtOnce <= count; row += kRowsAtOnce)
+        body(row, std::integral_constant<int, kRowsAtOnce>{});
+    for (; row < count; ++row)
+        body(row, std::integral_constant<int, 1>{});
+}
+
+// At the i-th of the columns of kRows rows: fetches what a reader row by row would need soon.
+template <int kRows, typename T> KOLORS_FAST_INLINE void prefetch_rows(const T *rows, int64_t i) {
+    const char *ahead = reinterpret_cast<const char *>(rows + kRows * i) + kPrefetchBytes;
+    for (size_t line = 0; line < kRows * kWidth * sizeof(T); line += 64)
+        __builtin_prefetch(ahead + line);
+}
+
 // Part of one channel of one sample: count contiguous elements.
 struct Run {
     int64_t n, group, channel, first, count;
@@ -99,17 +120,17 @@ struct Run {
     }
 };
 
-// Runs prepare(unit), first(unit, block, thread) on all blocks, finish(unit), second(unit, block).
+// Runs prepare(unit), first(unit, block) on all blocks, finish(unit), second(unit, block).
 // Many units: one thread does all of a unit, which may stay in its cache. Few: all threads share each unit's blocks.
 // The second pass goes forwards as well: backwards, to meet first what the first pass saw last, was up to a tenth
 // slower on a Zen 4 and never faster.
 template <typename Passes> void run_passes(int64_t units, int64_t blocks, int threads, const Passes &p) {
     if (threads == 1 || units % threads == 0 || units >= 4 * threads) {
-        parallel_for(units, threads, [&](int64_t begin, int64_t end, int thread) {
+        parallel_for(units, threads, [&](int64_t begin, int64_t end, int) {
             for (int64_t unit = begin; unit < end; ++unit) {
                 p.prepare(unit);
                 for (int64_t block = 0; block < blocks; ++block)
-                    p.first(unit, block, thread);
+                    p.first(unit, block);
                 p.finish(unit);
                 for (int64_t block = 0; block < blocks; ++block)
                     p.second(unit, block);
@@ -119,9 +140,9 @@ template <typename Passes> void run_passes(int64_t units, int64_t blocks, int th
     }
     for (int64_t unit = 0; unit < units; ++unit)
         p.prepare(unit);
-    parallel_for(units * blocks, threads, [&](int64_t begin, int64_t end, int thread) {
+    parallel_for(units * blocks, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i)
-            p.first(i / blocks, i % blocks, thread);
+            p.first(i / blocks, i % blocks);
     });
     parallel_for(units, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t unit = begin; unit < end; ++unit)
@@ -140,9 +161,17 @@ void fill_table(const Layout<T> &layout, const void *values, float absent, float
         table[layout.slot_of(channel)] = values ? read_scalar(values, channel, layout.shape.weight_dtype) : absent;
 }
 
-// Uninitialised memory: every table slot that counts is written before it is read.
-template <typename Element> std::unique_ptr<Element[]> workspace(int64_t count) {
-    return std::unique_ptr<Element[]>(new Element[count]);
+// Uninitialised memory: every table slot that counts is written before it is read. Aligned, for the tables' vectors.
+struct Free {
+    void operator()(void *memory) const { std::free(memory); }
+};
+template <typename Element> using Workspace = std::unique_ptr<Element[], Free>;
+
+template <typename Element> Workspace<Element> workspace(int64_t count) {
+    void *memory = std::aligned_alloc(64, (count * sizeof(Element) + 63) / 64 * 64);
+    if (!memory)
+        throw std::bad_alloc();
+    return Workspace<Element>(static_cast<Element *>(memory));
 }
 
 } // namespace

@@ -20,9 +20,9 @@ template <typename T> struct BackwardPasses {
     const GroupNormSiluBackward &a;
     Layout<T> layout;
     int64_t slots = layout.slots;
-    std::unique_ptr<float[]> partial; // [n, blocks, 3, slots] or [units, blocks, 3]
-    std::unique_ptr<double[]> total;  // [n, 3, slots]
-    std::unique_ptr<float[]> tables;  // weight, bias, then 4 tables per sample
+    Workspace<float> partial; // [n, blocks, 3, slots] or [units, blocks, 3]
+    Workspace<double> total;  // [n, 3, slots]
+    Workspace<float> tables;  // weight, bias, then 4 tables per sample
 
     explicit BackwardPasses(const GroupNormSiluBackward &arguments)
         : a(arguments), layout(a.shape, a.x, a.skip),
@@ -97,12 +97,9 @@ template <typename T> struct BackwardPasses {
         }
     }
 
-    // dv from grad_y and v
-    KOLORS_FAST_INLINE Floats activation_gradient(Floats grad, Floats v) const {
-        if (!a.shape.silu)
-            return grad;
-        const Floats s = sigmoid(v);
-        return grad * (s * (1.0f + v * (1.0f - s)));
+    // dv from grad_y and v, as exactly as a Result holds it
+    template <typename Result> KOLORS_FAST_INLINE Floats activation_gradient(Floats grad, Floats v) const {
+        return a.shape.silu ? grad * silu_gradient<Result>(v) : grad;
     }
 };
 
@@ -115,7 +112,7 @@ template <typename T> struct ChannelsLastBackward : BackwardPasses<T> {
             this->prepare_group(n, group);
     }
 
-    void first(int64_t n, int64_t block, int) const {
+    void first(int64_t n, int64_t block) const {
         const Rows rows(layout, n, block);
         float *partial = this->partial.get() + (n * layout.blocks() + block) * 3 * slots;
         std::memset(partial, 0, 3 * slots * sizeof(float));
@@ -139,8 +136,9 @@ template <typename T> struct ChannelsLastBackward : BackwardPasses<T> {
                 Floats dvs = {}, dv_xs = {}, xs = {};
                 for (int k = 0; k < kRows; ++k) {
                     const Floats d = vector.load(x + k * part.channels + i) - load(shift + i);
-                    const Floats dv = this->activation_gradient(vector.load(dy + k * a.shape.channels() + i),
-                                                                d * load(scale + i) + load(bias + i));
+                    const Floats dy_k = vector.load(dy + k * a.shape.channels() + i);
+                    const Floats dv =
+                        this->template activation_gradient<float>(dy_k, d * load(scale + i) + load(bias + i));
                     dvs += dv;
                     dv_xs += dv * d;
                     xs += d;
@@ -182,7 +180,8 @@ template <typename T> struct ChannelsLastBackward : BackwardPasses<T> {
                             *subtrahend = this->subtrahend(n) + part.slot;
                 for_vectors(part.channels, [&](int64_t i, auto vector) {
                     const Floats d = vector.load(x + i) - load(shift + i), s = load(scale + i);
-                    const Floats dv = this->activation_gradient(vector.load(dy + i), d * s + load(bias + i));
+                    const Floats dv =
+                        this->template activation_gradient<T>(vector.load(dy + i), d * s + load(bias + i));
                     vector.store(dx + i, dv * s - d * load(x_factor + i) - load(subtrahend + i));
                 });
             }
@@ -196,7 +195,7 @@ template <typename T> struct ChannelsFirstBackward : BackwardPasses<T> {
     void prepare(int64_t unit) const { this->prepare_group(unit / a.shape.groups, unit % a.shape.groups); }
 
     // Calls body(position, access, x - shift, dv) for each vector of a run.
-    template <typename Body> KOLORS_FAST_INLINE void for_run(const Run &run, const Body &body) const {
+    template <typename Result, typename Body> KOLORS_FAST_INLINE void for_run(const Run &run, const Body &body) const {
         const Part<T> &part = layout.part_of(run.channel);
         const T *x = part.data + run.offset(a.shape.hw, part.channels, part.first_channel);
         const T *dy = static_cast<const T *>(a.grad_y) + run.offset(a.shape.hw, a.shape.channels(), 0);
@@ -204,14 +203,14 @@ template <typename T> struct ChannelsFirstBackward : BackwardPasses<T> {
         const float shift = this->shift(run.n)[slot], scale = this->scale(run.n)[slot], bias = this->bias()[slot];
         for_vectors(run.count, [&](int64_t i, auto vector) {
             const Floats d = vector.load(x + i) - shift;
-            body(i, vector, d, this->activation_gradient(vector.load(dy + i), d * scale + bias));
+            body(i, vector, d, this->template activation_gradient<Result>(vector.load(dy + i), d * scale + bias));
         });
     }
 
-    void first(int64_t unit, int64_t block, int) const {
+    void first(int64_t unit, int64_t block) const {
         const Run run(layout, unit, block);
         Floats sum_dv = {}, sum_dv_x = {}, sum_x = {};
-        for_run(run, [&](int64_t, auto vector, Floats d, Floats dv) {
+        for_run<float>(run, [&](int64_t, auto vector, Floats d, Floats dv) {
             sum_dv += vector.only(dv);
             sum_dv_x += vector.only(dv * d);
             sum_x += vector.only(d);
@@ -247,7 +246,7 @@ template <typename T> struct ChannelsFirstBackward : BackwardPasses<T> {
         T *dx = this->grad_of(part) + run.offset(a.shape.hw, part.channels, part.first_channel);
         const float scale = this->scale(run.n)[slot], x_factor = this->x_factor(run.n)[slot],
                     subtrahend = this->subtrahend(run.n)[slot];
-        for_run(run, [&](int64_t i, auto vector, Floats d, Floats dv) {
+        for_run<T>(run, [&](int64_t i, auto vector, Floats d, Floats dv) {
             vector.store(dx + i, dv * scale - d * x_factor - subtrahend);
         });
     }

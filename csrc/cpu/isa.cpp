@@ -26,9 +26,11 @@ const Choice &choose() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
     static const Choice choices[] = {
 #if defined(__x86_64__)
+        {"avx512bf16", avx512bf16, KOLORS_FAST_TABLE(avx512bf16)},
         {"avx512", avx512, KOLORS_FAST_TABLE(avx512)},
         {"avx2", avx2, KOLORS_FAST_TABLE(avx2)},
 #endif
@@ -42,8 +44,9 @@ const Choice &choose() {
                                          ", which this CPU does not have");
             return choice;
         }
-    throw std::runtime_error("KOLORS_FAST_CPU_ISA must be avx512, avx2 or generic as this build has them, got " +
-                             std::string(wanted));
+    throw std::runtime_error(
+        "KOLORS_FAST_CPU_ISA must be avx512bf16, avx512, avx2 or generic as this build has them, got " +
+        std::string(wanted));
 }
 
 const Choice &chosen() {

@@ -5,7 +5,7 @@
 
 namespace kolors_fast {
 
-// "avx512", "avx2" or "generic": the best this machine has, or what KOLORS_FAST_CPU_ISA asks for.
+// "avx512bf16", "avx512", "avx2" or "generic": the best this machine has, or what KOLORS_FAST_CPU_ISA asks for.
 // Throws std::runtime_error when the machine or the build lacks what was asked for.
 const char *isa();
 
@@ -26,6 +26,9 @@ namespace avx2 {
 KOLORS_FAST_KERNELS(KOLORS_FAST_DECLARE)
 }
 namespace avx512 {
+KOLORS_FAST_KERNELS(KOLORS_FAST_DECLARE)
+}
+namespace avx512bf16 {
 KOLORS_FAST_KERNELS(KOLORS_FAST_DECLARE)
 }
 #endif

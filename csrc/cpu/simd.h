@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -68,19 +69,28 @@ KOLORS_FAST_INLINE Halves low_halves(Uints bits) {
 #endif
 }
 
-// low or high where value is beyond it; NaN stays.
-KOLORS_FAST_INLINE Floats clamp(Floats value, float low, float high) {
+// The bound where value is beyond it; NaN stays.
+KOLORS_FAST_INLINE Floats at_least(Floats value, float low) {
 #if defined(__AVX512F__)
-    const __m512 raised = _mm512_max_ps(_mm512_set1_ps(low), bit_cast<__m512>(value));
-    return bit_cast<Floats>(_mm512_min_ps(_mm512_set1_ps(high), raised));
+    return bit_cast<Floats>(_mm512_max_ps(_mm512_set1_ps(low), bit_cast<__m512>(value)));
 #elif defined(__AVX2__)
-    const __m256 raised = _mm256_max_ps(_mm256_set1_ps(low), bit_cast<__m256>(value));
-    return bit_cast<Floats>(_mm256_min_ps(_mm256_set1_ps(high), raised));
+    return bit_cast<Floats>(_mm256_max_ps(_mm256_set1_ps(low), bit_cast<__m256>(value)));
 #else
-    value = value < low ? broadcast(low) : value;
+    return value < low ? broadcast(low) : value;
+#endif
+}
+
+KOLORS_FAST_INLINE Floats at_most(Floats value, float high) {
+#if defined(__AVX512F__)
+    return bit_cast<Floats>(_mm512_min_ps(_mm512_set1_ps(high), bit_cast<__m512>(value)));
+#elif defined(__AVX2__)
+    return bit_cast<Floats>(_mm256_min_ps(_mm256_set1_ps(high), bit_cast<__m256>(value)));
+#else
     return value > high ? broadcast(high) : value;
 #endif
 }
+
+KOLORS_FAST_INLINE Floats clamp(Floats value, float low, float high) { return at_most(at_least(value, low), high); }
 
 KOLORS_FAST_INLINE Floats widen(Halves bits, Half) {
 #if defined(__AVX512F__)
@@ -118,9 +128,13 @@ KOLORS_FAST_INLINE Halves narrow(Floats value, Half) {
 
 // A NaN here is the result of arithmetic, so quiet: cutting it off leaves a NaN, while rounding might carry it away.
 KOLORS_FAST_INLINE Halves narrow(Floats value, BFloat16) {
+#if defined(__AVX512BF16__)
+    return bit_cast<Halves>(_mm512_cvtneps_pbh(bit_cast<__m512>(value)));
+#else
     const Uints bits = bit_cast<Uints>(value);
     const Uints rounding = ((bits >> 16) & 1u) + 0x7fffu;
     return low_halves((bits + (value == value ? rounding : Uints{})) >> 16);
+#endif
 }
 
 // Loads and stores need no alignment beyond one byte.
@@ -195,23 +209,70 @@ KOLORS_FAST_INLINE double sum_lanes(Floats value) {
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// 1 / (1 + exp(-x)), within 4 ulp. exp overflows to Inf and underflows to 0 as it should; NaN stays NaN.
-KOLORS_FAST_INLINE Floats sigmoid(Floats x) {
-    x = clamp(x, -89.0f, 87.0f);   // exp(-87) vanishes beside 1
+constexpr float kSigmoidRange = 87.0f; // beyond it exp(-x) or 1 / exp(-x) is no normal number, and of no importance
+
+// 1 / (1 + exp(-x)) for |x| <= kSigmoidRange, within 4 ulp. NaN stays NaN.
+KOLORS_FAST_INLINE Floats bounded_sigmoid(Floats x) {
     const float shift = 0x1.8p23f; // adding and subtracting it rounds to an integer
+#if defined(__AVX512F__)
+    // exp(-x) = 2^(n/16) exp(-r), |r| <= ln(2)/32; the bits of 2^(n/16) are powers[n % 16] + (n << 19)
+    const Uints powers = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
+                          0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
+                          0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+    const Floats shifted = shift - x * 23.0831207f, n = shifted - shift;
+    const __m512i index = bit_cast<__m512i>(shifted);
+    const Floats power = bit_cast<Floats>(bit_cast<Uints>(_mm512_permutexvar_epi32(index, bit_cast<__m512i>(powers))) +
+                                          (bit_cast<Uints>(shifted) << 19));
+    const Floats r = (x + n * 0.0433197021484375f) + n * 1.9966366e-6f; // ln(2)/16 in two parts
+    const Floats q = ((0.5f - r * 0.16666667f) * r - 1.0f) * r;         // exp(-r) - 1, error 1e-8
+    const Floats d = (1.0f + power) + power * q;
+    const Floats guess = bit_cast<Floats>(_mm512_rcp14_ps(bit_cast<__m512>(d)));
+    return guess + guess * (1.0f - d * guess); // Newton's step
+#else
     const Floats shifted = shift - x * 1.44269504f;
     const Floats n = shifted - shift;
     const Floats r = (x + n * 0.693359375f) - n * 2.12194440e-4f; // ln 2 in two parts; exp(-x) = 2^n exp(-r)
-    Floats q = broadcast(1.3814467e-3f);                          // minimax over |r| < ln(2) / 2, relative error 5e-9
+    Floats q = broadcast(1.3814467e-3f);                          // minimax over |r| < ln(2)/2, relative error 5e-9
     q = q * r - 8.368781e-3f;
     q = q * r + 4.1668393e-2f;
     q = q * r - 1.666652e-1f;
     q = q * r + 4.9999994e-1f;
     const Floats p = q * (r * r) + (1.0f - r);
-    // 2^n as 2 * 2^(n-1), for n may be 128
-    const Ints exponent = (bit_cast<Ints>(shifted) - (0x4b400000 - 126)) << 23;
-    const Floats e = (p + p) * bit_cast<Floats>(exponent);
-    return 1.0f / (1.0f + e);
+    return 1.0f / (1.0f + p * bit_cast<Floats>((bit_cast<Ints>(shifted) - (0x4b400000 - 127)) << 23));
+#endif
+}
+
+// 1 / (1 + exp(-x)), as exactly as a T will hold it: within 4 ulp, or 2^-12 for bf16.
+template <typename T = float> KOLORS_FAST_INLINE Floats sigmoid(Floats x) {
+#if defined(__AVX512F__)
+    if (std::is_same<T, BFloat16>::value) {
+        const __m512 t = bit_cast<__m512>(x * -1.44269504f); // exp(-x) = 2^floor(t) 2^f
+        const Floats f = bit_cast<Floats>(_mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF));
+        Floats p = f * 0.0780245224f + 0.226067156f; // minimax over [0, 1), relative error 8e-5
+        p = p * f + 0.69583354f;
+        p = p * f + 0.999925219f;
+        const Floats d = 1.0f + bit_cast<Floats>(_mm512_scalef_ps(bit_cast<__m512>(p), t));
+        return bit_cast<Floats>(_mm512_rcp14_ps(bit_cast<__m512>(d)));
+    }
+#endif
+    return bounded_sigmoid(clamp(x, -kSigmoidRange, kSigmoidRange));
+}
+
+// x sigmoid(x)
+template <typename T = float> KOLORS_FAST_INLINE Floats silu(Floats x) {
+#if defined(__AVX512F__)
+    if (std::is_same<T, BFloat16>::value)
+        return x * sigmoid<T>(x);
+#endif
+    x = at_least(x, -kSigmoidRange); // further out its product with the last sigmoid would grow again
+    return x * bounded_sigmoid(at_most(x, kSigmoidRange));
+}
+
+// d silu(x) / dx
+template <typename T = float> KOLORS_FAST_INLINE Floats silu_gradient(Floats x) {
+    x = at_least(x, -kSigmoidRange); // as in silu
+    const Floats s = sigmoid<T>(x);
+    return s + s * (x - x * s);
 }
 
 KOLORS_FAST_INLINE float read_scalar(const void *from, int64_t index, DType dtype) {

@@ -124,7 +124,7 @@ def check_against_float64() -> None:
 
 
 def test_every_instruction_set_agrees_with_float64() -> None:
-    for isa in ("avx512", "avx2", "generic"):
+    for isa in ("avx512bf16", "avx512", "avx2", "generic"):
         done = subprocess.run(
             [sys.executable, __file__],
             env={**os.environ, "KOLORS_FAST_CPU_ISA": isa},
