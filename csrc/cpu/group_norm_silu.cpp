@@ -113,14 +113,14 @@ template <typename T> struct ChannelsLastForward : ForwardPasses<T> {
     }
 
     void finish(int64_t n) const {
-        const double hw = static_cast<double>(a.shape.hw);
+        const double hw = static_cast<double>(a.shape.hw), inverse = 1.0 / hw;
         double *origin = total.get() + n * 3 * slots, *sum = origin + slots, *square = sum + slots;
         for (int64_t block = 0; block < layout.blocks(); ++block)
             merge_block(n, block, origin, sum, square);
         const float *added = this->added(n);
         const int64_t width = a.shape.group_channels();
         for (int64_t group = 0; group < a.shape.groups; ++group) {
-            const auto channel_mean = [&](int64_t slot) { return origin[slot] + added[slot] + sum[slot] / hw; };
+            const auto channel_mean = [&](int64_t slot) { return origin[slot] + added[slot] + sum[slot] * inverse; };
             double mean = 0, squares = 0;
             for (int64_t channel = group * width; channel < (group + 1) * width; ++channel)
                 mean += channel_mean(layout.slot_of(channel));
@@ -128,7 +128,7 @@ template <typename T> struct ChannelsLastForward : ForwardPasses<T> {
             for (int64_t channel = group * width; channel < (group + 1) * width; ++channel) {
                 const int64_t slot = layout.slot_of(channel);
                 const double deviation = channel_mean(slot) - mean;
-                squares += square[slot] - sum[slot] * sum[slot] / hw + hw * deviation * deviation;
+                squares += square[slot] - sum[slot] * sum[slot] * inverse + hw * deviation * deviation;
             }
             this->set_group(n, group, mean, squares);
         }
@@ -160,6 +160,7 @@ template <typename T> struct ChannelsLastForward : ForwardPasses<T> {
                 const float *shift = this->shift(n) + part.slot, *scale = this->scale(n) + part.slot,
                             *offset = this->offset(n) + part.slot;
                 for_vectors(part.channels, [&](int64_t i, auto vector) {
+                    prefetch(x + i);
                     const Floats v = (vector.load(x + i) - load(shift + i)) * load(scale + i) + load(offset + i);
                     vector.store(out + i, this->activate(v));
                 });

@@ -19,8 +19,9 @@ namespace {
 
 constexpr int64_t kBlockElements = 1 << 16; // of channels_last: few enough to share one sample among threads
 constexpr int64_t kBlockRows = 256;         // bounds the rounding error of the sums
-constexpr int kRowsAtOnce = 4;
-constexpr int64_t kPrefetchBytes = 1 << 14;
+constexpr int kRowsAtOnce = 4;              // more are fewer trips of the sums through memory
+constexpr int64_t kPrefetchBytes = 1 << 9;
+constexpr int64_t kPrefetchRowsBytes = 1 << 14;
 constexpr int64_t kRunElements = 1 << 13;    // of one channel, for both reasons
 constexpr int64_t kSerialElements = 1 << 14; // below this a second thread costs more than it saves
 
@@ -86,7 +87,7 @@ struct Rows {
     int64_t offset(int64_t hw, int64_t channels) const { return (n * hw + first) * channels; }
 };
 
-// Calls body(row, number of rows) for each few rows at a time: the fewer are the trips of the sums through memory.
+// Calls body(row, number of rows as a constant) for each kRowsAtOnce rows, then for each of the rest.
 template <typename Body> KOLORS_FAST_INLINE void for_rows(int64_t count, const Body &body) {
     int64_t row = 0;
     for (; row + kRowsAtOnce <= count; row += kRowsAtOnce)
@@ -95,9 +96,16 @@ template <typename Body> KOLORS_FAST_INLINE void for_rows(int64_t count, const B
         body(row, std::integral_constant<int, 1>{});
 }
 
-// At the i-th of the columns of kRows rows: fetches what a reader row by row would need soon.
+// For who reads rows one after the other.
+template <typename T> KOLORS_FAST_INLINE void prefetch(const T *at) {
+    __builtin_prefetch(reinterpret_cast<const char *>(at) + kPrefetchBytes);
+}
+
+// For who reads kRows rows at a time and is at the i-th column: fetches in the order of the memory all the same. To the
+// hardware's prefetchers short rows side by side look like no stream: 12 instead of 26 GB/s for four rows of 320
+// floats.
 template <int kRows, typename T> KOLORS_FAST_INLINE void prefetch_rows(const T *rows, int64_t i) {
-    const char *ahead = reinterpret_cast<const char *>(rows + kRows * i) + kPrefetchBytes;
+    const char *ahead = reinterpret_cast<const char *>(rows + kRows * i) + kPrefetchRowsBytes;
     for (size_t line = 0; line < kRows * kWidth * sizeof(T); line += 64)
         __builtin_prefetch(ahead + line);
 }

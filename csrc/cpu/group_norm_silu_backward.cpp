@@ -117,22 +117,20 @@ template <typename T> struct ChannelsLastBackward : BackwardPasses<T> {
         float *partial = this->partial.get() + (n * layout.blocks() + block) * 3 * slots;
         std::memset(partial, 0, 3 * slots * sizeof(float));
         const T *grad = static_cast<const T *>(a.grad_y) + rows.offset(a.shape.hw, a.shape.channels());
-        int64_t row = 0;
-        for (; row + 2 <= rows.count; row += 2)
-            add_rows<2>(rows, row, grad, partial);
-        if (row < rows.count)
-            add_rows<1>(rows, row, grad, partial);
+        for_rows(rows.count, [&](int64_t row, auto rows_at_once) { add_rows<rows_at_once>(rows, row, grad, partial); });
     }
 
-    // Adds kRows rows to the sums of a block; more at once means fewer trips of the sums through memory.
     template <int kRows> void add_rows(const Rows &rows, int64_t row, const T *grad, float *partial) const {
+        grad += row * a.shape.channels();
         for (const Part<T> &part : layout.parts) {
             const T *x = part.data + rows.offset(a.shape.hw, part.channels) + row * part.channels;
-            const T *dy = grad + row * a.shape.channels() + part.first_channel;
+            const T *dy = grad + part.first_channel;
             const float *shift = this->shift(rows.n) + part.slot, *scale = this->scale(rows.n) + part.slot,
                         *bias = this->bias() + part.slot;
             float *sum_dv = partial + part.slot, *sum_dv_x = sum_dv + slots, *sum_x = sum_dv_x + slots;
             for_vectors(part.channels, [&](int64_t i, auto vector) {
+                prefetch_rows<kRows>(x, i);
+                prefetch_rows<kRows>(grad, part.first_channel + i);
                 Floats dvs = {}, dv_xs = {}, xs = {};
                 for (int k = 0; k < kRows; ++k) {
                     const Floats d = vector.load(x + k * part.channels + i) - load(shift + i);
@@ -179,6 +177,8 @@ template <typename T> struct ChannelsLastBackward : BackwardPasses<T> {
                             *bias = this->bias() + part.slot, *x_factor = this->x_factor(n) + part.slot,
                             *subtrahend = this->subtrahend(n) + part.slot;
                 for_vectors(part.channels, [&](int64_t i, auto vector) {
+                    prefetch(x + i);
+                    prefetch(dy + i);
                     const Floats d = vector.load(x + i) - load(shift + i), s = load(scale + i);
                     const Floats dv =
                         this->template activation_gradient<T>(vector.load(dy + i), d * s + load(bias + i));
