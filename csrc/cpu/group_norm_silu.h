@@ -107,7 +107,7 @@ template <typename T> KOLORS_FAST_INLINE void prefetch(const T *at) {
 template <int kRows, typename T> KOLORS_FAST_INLINE void prefetch_rows(const T *rows, int64_t i) {
     const char *ahead = reinterpret_cast<const char *>(rows + kRows * i) + kPrefetchRowsBytes;
     for (size_t line = 0; line < kRows * kWidth * sizeof(T); line += 64)
-        __builtin_prefetch(ahead + line);
+        __builtin_prefetch(ahead + line, 0, 2);
 }
 
 // Part of one channel of one sample: count contiguous elements.
