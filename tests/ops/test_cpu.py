@@ -123,6 +123,35 @@ def check_against_float64() -> None:
                     assert error <= bound, (name, dtype, shape, channels_last, float(error), float(bound))
 
 
+def check_silu_pointwise() -> None:
+    """Weights of zero make y silu(bias) and the bias's gradient a sum of silu'(bias)."""
+    inner = torch.linspace(-100, 100, 1001, dtype=torch.float64)
+    outer = torch.tensor([-3e38, -1e30, -1e4, -300.0, -88.0, -87.0, 87.0, 88.0, 300.0, 1e4, 1e30], dtype=torch.float64)
+    points = torch.cat([inner, outer])
+    # half a unit in the last place and what sigmoid says of itself
+    for dtype, error in (
+        (torch.float32, 5 * 2.0**-23),
+        (torch.float16, 2.0**-11),
+        (torch.bfloat16, 2.0**-8 + 2.0**-12),
+    ):
+        bias = points.to(dtype)
+        shape = (1, len(bias), 0, 6, 1)
+        for channels_last in (False, True):
+            inputs = random_inputs(shape, channels_last, dtype)
+            inputs |= {"weight": torch.zeros_like(bias), "bias": bias, "grad_y": torch.ones_like(inputs["grad_y"])}
+            ours = run_cpu(inputs, shape, channels_last)
+            b = bias.double().clamp(min=-1e4).requires_grad_()  # beyond, silu is 0 and float64 is Inf * 0
+            truth = F.silu(b)
+            (slope,) = torch.autograd.grad(truth.sum(), b)
+            y = ours["y"].double().view(6, -1) if channels_last else ours["y"].double().view(-1, 6).T
+            finite = bias.isfinite()
+            close = (y - truth).abs() <= error * truth.abs() + 1e-34 + torch.finfo(dtype).smallest_normal
+            assert close[:, finite].all(), (dtype, channels_last, bias[finite][~close[:, finite].all(0)])
+            # 1 - sigmoid(x), as inexact as sigmoid(x), is multiplied by x
+            close = (ours["grad_bias"].double() / 6 - slope).abs() <= 2.0**-22 * (1 + b.abs().clamp(max=100))
+            assert close[finite].all(), (dtype, channels_last, bias[finite][~close[finite]])
+
+
 def test_every_instruction_set_agrees_with_float64() -> None:
     for isa in ("avx512bf16", "avx512", "avx2", "generic"):
         done = subprocess.run(
@@ -139,3 +168,4 @@ def test_every_instruction_set_agrees_with_float64() -> None:
 
 if __name__ == "__main__":
     check_against_float64()
+    check_silu_pointwise()
