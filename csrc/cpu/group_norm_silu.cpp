@@ -161,6 +161,7 @@ template <typename T> struct ChannelsLastForward : ForwardPasses<T> {
                             *offset = this->offset(n) + part.slot;
                 for_vectors(part.channels, [&](int64_t i, auto vector) {
                     prefetch(x + i);
+                    prefetch<true>(out + i);
                     const Floats v = (vector.load(x + i) - load(shift + i)) * load(scale + i) + load(offset + i);
                     vector.store(out + i, this->activate(v));
                 });

@@ -96,9 +96,9 @@ template <typename Body> KOLORS_FAST_INLINE void for_rows(int64_t count, const B
         body(row, std::integral_constant<int, 1>{});
 }
 
-// For who reads rows one after the other.
-template <typename T> KOLORS_FAST_INLINE void prefetch(const T *at) {
-    __builtin_prefetch(reinterpret_cast<const char *>(at) + kPrefetchBytes);
+// For who reads, or writes, rows one after the other.
+template <bool kWrite = false, typename T> KOLORS_FAST_INLINE void prefetch(const T *at) {
+    __builtin_prefetch(reinterpret_cast<const char *>(at) + kPrefetchBytes, kWrite);
 }
 
 // For who reads kRows rows at a time and is at the i-th column: fetches in the order of the memory all the same. To the

@@ -179,6 +179,7 @@ template <typename T> struct ChannelsLastBackward : BackwardPasses<T> {
                 for_vectors(part.channels, [&](int64_t i, auto vector) {
                     prefetch(x + i);
                     prefetch(dy + i);
+                    prefetch<true>(dx + i);
                     const Floats d = vector.load(x + i) - load(shift + i), s = load(scale + i);
                     const Floats dv =
                         this->template activation_gradient<T>(vector.load(dy + i), d * s + load(bias + i));
