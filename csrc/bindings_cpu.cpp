@@ -74,6 +74,36 @@ void step(const void *sample, const void *predictions, const float *weights, con
                            num_predictions, type});
 }
 
+void scale(const void *x, const float *scale, void *out, int64_t numel, int dtype, int out_dtype, void *) {
+    if (numel < 0)
+        throw py::value_error("numel must not be negative");
+    const DType from = dtype_of("dtype", dtype), to = dtype_of("out_dtype", out_dtype);
+    const py::gil_scoped_release released;
+    kernels().scale_and_filter({x, scale, out, numel, from, to});
+}
+
+void unscale(const void *x, const float *scale, const void *add, void *out, int64_t numel, int dtype, int add_dtype,
+             int out_dtype, void *) {
+    if (numel < 0)
+        throw py::value_error("numel must not be negative");
+    if (add_dtype != 0 && add_dtype != dtype)
+        throw py::value_error("add_dtype must be 0 (float32) or dtype, got " + std::to_string(add_dtype));
+    const DType from = dtype_of("dtype", dtype), to = dtype_of("out_dtype", out_dtype);
+    const py::gil_scoped_release released;
+    kernels().unscale_and_filter({x, scale, add, out, numel, from, static_cast<DType>(add_dtype), to});
+}
+
+void unscale_grads(const TensorEntry *table, const float *scales, float *norm, bool *nonfinite, void *, int64_t tensors,
+                   int64_t scale_stride, void *) {
+    for (int64_t t = 0; t < tensors; ++t) {
+        dtype_of("dtype", static_cast<int>(table[t].dtype));
+        if (table[t].numel < 0)
+            throw py::value_error("numel must not be negative");
+    }
+    const py::gil_scoped_release released;
+    kernels().unscale_grads({table, scales, norm, nonfinite, tensors, scale_stride});
+}
+
 } // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -97,4 +127,12 @@ PYBIND11_MODULE(_cpu, module) {
         "Bytes of workspace: none, the CPU kernels allocate their own.");
     define(module, "guided_step", &step, "sample", "predictions", "weights", "coefficients", "row", "previous", "noise",
            "out", "denoised", "numel", "num_predictions", "dtype", "stream");
+    define(module, "scale_and_filter", &scale, "x", "scale", "out", "numel", "dtype", "out_dtype", "stream");
+    define(module, "unscale_and_filter", &unscale, "x", "scale", "add", "out", "numel", "dtype", "add_dtype",
+           "out_dtype", "stream");
+    define(module, "unscale_grads", &unscale_grads, "table", "scales", "norm", "nonfinite", "workspace", "tensors",
+           "scale_stride", "stream");
+    module.def(
+        "unscale_grads_workspace", [](uintptr_t, int64_t) { return 0; }, arg("table"), arg("tensors"),
+        "Bytes of workspace: none, the CPU kernel allocates its own.");
 }

@@ -8,6 +8,9 @@
 #include "cuda/group_norm_silu.cuh"
 #include "cuda/group_norm_silu_backward.cuh"
 #include "cuda/guided_step.cuh"
+#include "cuda/scale_and_filter.cuh"
+#include "cuda/unscale_and_filter.cuh"
+#include "cuda/unscale_grads.cuh"
 
 namespace py = pybind11;
 using kolors_fast::Argument;
@@ -42,4 +45,17 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("group_norm_silu_workspace", &kolors_fast::group_norm_silu_workspace, py::arg("n"), py::arg("c_total"),
           py::arg("hw"), py::arg("groups"), py::arg("channels_last"), py::arg("backward"),
           "Bytes of workspace that a call on the current device needs; its contents do not matter.");
+    define(m, "scale_and_filter", &kolors_fast::scale_and_filter, "x", "scale", "out", "numel", "dtype", "out_dtype",
+           "stream");
+    define(m, "unscale_and_filter", &kolors_fast::unscale_and_filter, "x", "scale", "add", "out", "numel", "dtype",
+           "add_dtype", "out_dtype", "stream");
+    define(m, "unscale_grads", &kolors_fast::unscale_grads, "table", "scales", "norm", "nonfinite", "workspace",
+           "tensors", "scale_stride", "stream");
+    m.def(
+        "unscale_grads_workspace",
+        [](uintptr_t table, int64_t tensors) {
+            return kolors_fast::unscale_grads_workspace(from_argument<const kolors_fast::TensorEntry *>(table),
+                                                        tensors);
+        },
+        py::arg("table"), py::arg("tensors"), "Bytes of workspace for this table; its contents do not matter.");
 }

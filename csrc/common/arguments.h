@@ -65,4 +65,38 @@ struct GuidedStep {
     DType dtype; // of every tensor but weights and coefficients
 };
 
+struct ScaleAndFilter {
+    const void *x;      // [numel]
+    const float *scale; // [1]
+    void *out;          // [numel]
+    int64_t numel;
+    DType dtype;     // of x
+    DType out_dtype; // of out
+};
+
+struct UnscaleAndFilter {
+    const void *x;      // [numel]
+    const float *scale; // [1]
+    const void *add;    // [numel] or null
+    void *out;          // [numel]
+    int64_t numel;
+    DType dtype;     // of x
+    DType add_dtype; // of add: dtype or float32
+    DType out_dtype; // of out
+};
+
+// A row of the table of a multi-tensor op, as the host writes it.
+struct TensorEntry {
+    int64_t address, numel, dtype;
+};
+
+struct UnscaleGrads {
+    const TensorEntry *table; // [tensors], in host memory
+    const float *scales;      // [tensors], scale_stride apart
+    float *norm;              // [1]
+    bool *nonfinite;          // [tensors]
+    int64_t tensors;
+    int64_t scale_stride;
+};
+
 } // namespace kolors_fast

@@ -13,7 +13,10 @@ const char *isa();
 #define KOLORS_FAST_KERNELS(KERNEL)                                                                                    \
     KERNEL(group_norm_silu_forward, GroupNormSiluForward)                                                              \
     KERNEL(group_norm_silu_backward, GroupNormSiluBackward)                                                            \
-    KERNEL(guided_step, GuidedStep)
+    KERNEL(guided_step, GuidedStep)                                                                                    \
+    KERNEL(scale_and_filter, ScaleAndFilter)                                                                           \
+    KERNEL(unscale_and_filter, UnscaleAndFilter)                                                                       \
+    KERNEL(unscale_grads, UnscaleGrads)
 
 #define KOLORS_FAST_DECLARE(name, Arguments) void name(const Arguments &);
 #define KOLORS_FAST_POINTER(name, Arguments) void (*name)(const Arguments &);

@@ -92,6 +92,11 @@ KOLORS_FAST_INLINE Floats at_most(Floats value, float high) {
 
 KOLORS_FAST_INLINE Floats clamp(Floats value, float low, float high) { return at_most(at_least(value, low), high); }
 
+KOLORS_FAST_INLINE Floats finite_or_zero(Floats value) {
+    const Floats zero = value - value; // NaN where value is not finite
+    return zero == zero ? value : Floats{};
+}
+
 KOLORS_FAST_INLINE Floats widen(Halves bits, Half) {
 #if defined(__AVX512F__)
     return bit_cast<Floats>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));

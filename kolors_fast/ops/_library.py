@@ -17,14 +17,21 @@ _LIBRARY = torch.library.Library("kolors_fast", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `kolors_fast::<schema>` and return its overload."""
+def define(
+    schema: str, implementation: Callable[..., tuple[Tensor, ...]], fake: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Register `kolors_fast::<schema>` and return its overload. All three give a tuple, also of a single result."""
     name = schema.partition("(")[0]
+    single = schema.endswith("-> (Tensor)")  # which the dispatcher takes and gives bare
+
+    def bare(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+        return (lambda *args: run(*args)[0]) if single else run
+
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kolors_fast::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, bare(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kolors_fast::{name}", bare(fake), lib=_LIBRARY)
     overload: Callable[..., Any] = getattr(torch.ops.kolors_fast, name).default
-    return overload
+    return (lambda *args: (overload(*args),)) if single else overload
 
 
 def define_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

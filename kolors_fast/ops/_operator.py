@@ -15,7 +15,15 @@ from torch.autograd.function import once_differentiable
 
 from . import _backends, _library
 
-_SCHEMA_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "int", "float": "float", "bool": "bool"}
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "Sequence[Tensor]": "Tensor[]",
+    "int": "int",
+    "float": "float",
+    "bool": "bool",
+    "torch.dtype": "ScalarType",
+}
 
 
 class Operator:
@@ -31,6 +39,7 @@ class Operator:
         dense: a call -> the same call on tensors as the kernels read them.
         fake: a call -> what `forward` returns, uninitialised.
         outputs: how many results of `forward` are the op's, the rest being for the backward pass.
+        mutated: the field of the call that `forward` writes in place.
     """
 
     def __init__(
@@ -43,10 +52,14 @@ class Operator:
         fake: Callable[[Any], tuple[Tensor | None, ...]],
         outputs: int = 1,
         saved: int = 0,
+        mutated: str | None = None,
     ) -> None:
         self.name, self.call, self.columns, self.dense, self.fake = name, call, columns, dense, fake
-        self.outputs, self.saved = outputs, saved
-        fields = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in _annotations(call).items()]
+        self.outputs, self.saved, self.mutated = outputs, saved, mutated
+        types = {field: _SCHEMA_TYPES[kind] for field, kind in _annotations(call).items()}
+        if mutated is not None:
+            types[mutated] = types[mutated].replace("Tensor", "Tensor(a!)")
+        fields = [f"{kind} {field}" for field, kind in types.items()]
         self.tensors = sum(field.startswith("Tensor") for field in fields)
         results = ", ".join(["Tensor"] * (outputs + saved))
         self.forward_op = _library.define(f"{name}({', '.join(fields)}) -> ({results})", self._forward, self._fake)
@@ -95,7 +108,10 @@ class Operator:
             results = self.fake(call)
             if results[0] is not None and results[0].numel() == 0:
                 return results  # empty: shapes are all there is
-        return tuple(column.forward(call))
+        results = tuple(column.forward(call))
+        if self.mutated is not None:
+            torch.autograd.graph.increment_version(getattr(call, self.mutated))  # kernels write past autograd
+        return results
 
     def _forward(self, *args: Any) -> tuple[Tensor, ...]:
         """A schema has no optional results: what is not wanted is empty."""
@@ -134,7 +150,9 @@ class Operator:
         middle = size + self.outputs
         return self.call(*args[:size]), args[size:middle], args[middle:-1], args[-1]
 
-    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            output = (output,)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[: self.tensors], *output[self.outputs :])
         ctx.numbers = inputs[self.tensors :]

@@ -31,6 +31,9 @@ SIGNATURES: dict[str, list[Any]] = {
     "group_norm_silu_forward": [*[POINTER] * 9, *[INT64] * 5, DOUBLE, BOOL, BOOL, INT, INT, POINTER],
     "group_norm_silu_backward": [*[POINTER] * 14, *[INT64] * 5, BOOL, BOOL, INT, INT, POINTER],
     "guided_step": [*[POINTER] * 9, INT64, INT, INT, POINTER],
+    "scale_and_filter": [*[POINTER] * 3, INT64, INT, INT, POINTER],
+    "unscale_and_filter": [*[POINTER] * 4, INT64, INT, INT, INT, POINTER],
+    "unscale_grads": [*[POINTER] * 5, INT64, INT64, POINTER],
 }
 
 
@@ -43,6 +46,8 @@ class Machine:
             setattr(self, name, self._launcher(name, arguments))
         workspace = ctypes.CFUNCTYPE(INT64, *[INT64] * 4, BOOL, BOOL)
         self.group_norm_silu_workspace = workspace(self._address("group_norm_silu_workspace"))
+        workspace = ctypes.CFUNCTYPE(INT64, POINTER, INT64)
+        self.unscale_grads_workspace = workspace(self._address("unscale_grads_workspace"))
         self.configure(2)
 
     def configure(self, multiprocessors: int, reverse: bool = False) -> None:

@@ -92,7 +92,27 @@ def guided_step(d: Draws) -> Inputs:
     }
 
 
-INPUTS: dict[str, Callable[[Draws], Inputs]] = {"group_norm_silu": group_norm_silu, "guided_step": guided_step}
+def scale_and_filter(d: Draws) -> Inputs:
+    """Scales that overflow no dtype: where float64 goes on, the contract has nothing to say."""
+    return {
+        "x": d.tensor(*d.sizes(d.size(4, least=0), 7)),
+        "scale": torch.tensor(2.0 ** d.draw(st.sampled_from((-3.0, -0.5, 1.5)))),
+        "dtype": d.draw(st.sampled_from((None, *DTYPES))),
+    }
+
+
+def unscale_and_filter(d: Draws) -> Inputs:
+    inputs = scale_and_filter(d)
+    shape = inputs["x"].shape
+    return {**inputs, "add": d.draw(st.sampled_from((None, d.tensor(*shape), d.tensor(*shape).float())))}
+
+
+INPUTS: dict[str, Callable[[Draws], Inputs]] = {
+    "group_norm_silu": group_norm_silu,
+    "guided_step": guided_step,
+    "scale_and_filter": scale_and_filter,
+    "unscale_and_filter": unscale_and_filter,
+}
 
 
 def run(function: Callable[..., Any], inputs: Inputs, gradients: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:

@@ -2,6 +2,9 @@
 #include "cuda/group_norm_silu.cuh"
 #include "cuda/group_norm_silu_backward.cuh"
 #include "cuda/guided_step.cuh"
+#include "cuda/scale_and_filter.cuh"
+#include "cuda/unscale_and_filter.cuh"
+#include "cuda/unscale_grads.cuh"
 
 #define EXPORT(name) decltype(&kolors_fast::name) name = kolors_fast::name
 
@@ -10,6 +13,10 @@ EXPORT(group_norm_silu_forward);
 EXPORT(group_norm_silu_backward);
 EXPORT(group_norm_silu_workspace);
 EXPORT(guided_step);
+EXPORT(scale_and_filter);
+EXPORT(unscale_and_filter);
+EXPORT(unscale_grads);
+EXPORT(unscale_grads_workspace);
 
 void configure(int multiprocessors, bool reversed) {
     simt::multiprocessors = multiprocessors;
