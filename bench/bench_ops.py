@@ -30,6 +30,11 @@ ON_CPU = (
     "kolors_2x1280x32x32_no_silu",
     "kolors_1024_multistep",
     "kolors_1024_batch_8",
+    "dalle_2x4096x1536_to_float16",
+    "dalle_2x4096x1536_to_bfloat16",
+    "dalle_2x4096x1536_float16",
+    "dalle_2x4096x1536_bfloat16",
+    "gpt_192x16",
 )
 
 

@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
 
 
 def _round_as_gpus_do() -> None:
-    """Triton's interpreter cuts fp32 to bf16 where GPUs, and compiled kernels, round to nearest even."""
+    """Triton's interpreter cuts fp32 to bf16 where GPUs, and compiled kernels, round to nearest even; and it reads
+    subnormal bf16 as zero."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -23,6 +24,8 @@ def _round_as_gpus_do() -> None:
         if source == tl.float32 and target == tl.bfloat16:
             exact = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32)).bfloat16()
             return exact.view(torch.int16).numpy().view(np.uint16)
+        if source == tl.bfloat16 and target == tl.float32:
+            return (value.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return convert(value, source, target, mode)
 
     interpreter._convert_float = rounded

@@ -27,8 +27,9 @@ class Call(NamedTuple):
 def scale_and_filter(x: Tensor, scale: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """y = x * scale in fp32; 0 where that is NaN or Inf; then rounded to `dtype`.
 
-    The rounding itself may overflow: a gradient too large for float16 becomes Inf in the branch, is met in the parameter
-    gradients, and lowers the scale. Subnormal results are kept. No gradient: this is part of a backward pass.
+    The rounding itself may overflow: a gradient too large for float16 becomes Inf in the branch, shows in the parameter
+    gradients, and lowers the scale. Subnormals are kept (unless `torch.set_flush_denormal` is on, for a CPU). No
+    gradient: this is part of a backward pass.
 
     Args:
         x: any shape; float32, float16, bfloat16 (float64: reference only).

@@ -30,8 +30,8 @@ def unscale_and_filter(
 ) -> Tensor:
     """z = x / scale in fp32; 0 where that is NaN or Inf; plus `add` in fp32; then rounded to `dtype`.
 
-    One resblock's overflow ends here, while `add` passes as it is, NaN and Inf included. Subnormal results are kept.
-    No gradient: this is part of a backward pass.
+    One resblock's overflow ends here, while `add` passes as it is, NaN and Inf included. Subnormals are kept (unless
+    `torch.set_flush_denormal` is on, for a CPU). No gradient: this is part of a backward pass.
 
     Args:
         x: any shape; float32, float16, bfloat16 (float64: reference only).
