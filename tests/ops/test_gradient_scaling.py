@@ -1,4 +1,4 @@
-"""Per-resblock gradient scaling: bits against plain PyTorch, what overflows where, and what a list of tensors may hold."""
+"""Per-resblock gradient scaling: bits against plain PyTorch, what overflows where, what a list of tensors may hold."""
 
 from __future__ import annotations
 
@@ -294,7 +294,12 @@ def test_a_bad_add_is_named(add: Tensor, error: type[Exception], message: str) -
         ([X, WHOLE], torch.ones(2), TypeError, r"grads\[1\]: expected .*float32 scales, got torch.int64"),
         ([X.double()], torch.ones(1), TypeError, r"grads\[0\]: expected .*float32 scales, got torch.float64"),
         ([X, META], torch.ones(2), ValueError, r"grads\[1\]: expected a tensor on cpu as scales, got meta"),
-        ([X[:, ::2]], torch.ones(1), ValueError, r"grads\[0\]: expected elements without gaps or overlap, got \[2, 2\]"),
+        (
+            [X[:, ::2]],
+            torch.ones(1),
+            ValueError,
+            r"grads\[0\]: expected elements without gaps or overlap, got \[2, 2\]",
+        ),
         ([X[:1].expand(2, 3)], torch.ones(1), ValueError, r"grads\[0\]: expected elements without gaps or overlap"),
         ([WANTS], torch.ones(1), ValueError, "expected gradients without gradient, got requires_grad=True"),
     ],
