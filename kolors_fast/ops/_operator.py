@@ -31,6 +31,8 @@ class Operator:
         dense: a call -> the same call on tensors as the kernels read them.
         fake: a call -> what `forward` returns, uninitialised.
         outputs: how many results of `forward` are the op's, the rest being for the backward pass.
+        kept: field -> the output that `backward` reads in its place, of the same shape and dtype. So an input that
+            `backward` has no use for need not live until then.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Operator:
         fake: Callable[[Any], tuple[Tensor | None, ...]],
         outputs: int = 1,
         saved: int = 0,
+        kept: Mapping[str, int] | None = None,
     ) -> None:
         self.name, self.call, self.columns, self.dense, self.fake = name, call, columns, dense, fake
         self.outputs, self.saved = outputs, saved
+        self.kept = {call._fields.index(field): output for field, output in (kept or {}).items()}
         fields = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in _annotations(call).items()]
         self.tensors = sum(field.startswith("Tensor") for field in fields)
         results = ", ".join(["Tensor"] * (outputs + saved))
@@ -59,7 +63,7 @@ class Operator:
         kept = [f"Tensor saved_{i}" for i in range(self.saved)]
         results = ", ".join(["Tensor"] * self.tensors)
         schema = f"{self.name}_backward({', '.join([*fields, *grads, *kept])}, bool[] needs) -> ({results})"
-        self.backward_op = _library.define(schema, self._backward, self._backward_fake)
+        self.backward_op = _library.define(schema, self._backward_apart, self._backward_fake)
         _library.define_autograd(self.name, self._autograd_backward, self._setup_context)
         operator = self
 
@@ -118,6 +122,14 @@ class Operator:
             for grad, like, need in zip(found, call, needs, strict=False)
         )
 
+    def _backward_apart(self, *args: Any) -> tuple[Tensor, ...]:
+        """A registered op's results share no memory with each other or its arguments: gradients that do are copied."""
+        taken, found = {id(arg) for arg in args}, list(self._backward(*args))
+        for i, grad in enumerate(found):
+            found[i] = grad.clone() if id(grad) in taken else grad
+            taken.add(id(grad))
+        return tuple(found)
+
     def _backward_fake(self, *args: Any) -> tuple[Tensor, ...]:
         call, _, _, needs = self._split(args)
         return self._gradients(self.dense(call), needs)
@@ -136,7 +148,10 @@ class Operator:
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: self.tensors], *output[self.outputs :])
+        tensors = list(inputs[: self.tensors])
+        for i, kept in self.kept.items():
+            tensors[i] = output[kept]
+        ctx.save_for_backward(*tensors, *output[self.outputs :])
         ctx.numbers = inputs[self.tensors :]
 
     def _autograd_backward(self, ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
