@@ -144,6 +144,10 @@ def _backward_kernel(
         at = row[:, None] * d + column
         r = _load(r_ptr, at, inside, PIECES, WIDTH)
         g = _load(grad_out_ptr, at, inside, PIECES, WIDTH)
+        if grad_r_ptr is not None:
+            grad_r = _load(grad_r_ptr, at, inside, PIECES, WIDTH)
+        if y_ptr is not None:
+            y = _load(y_ptr, at, inside, PIECES, WIDTH)
         mean = tl.load(statistics_ptr + row, mask=present, other=0.0)
         rstd = tl.load(statistics_ptr + samples.to(tl.int64) * rows + row, mask=present, other=0.0)
 
@@ -168,15 +172,14 @@ def _backward_kernel(
             # m1 comes last: fused with the product it would not cancel to zero in a row of one element
             grad = (grad - rhat[i] * m2[:, None] - m1[:, None]) * rstd[:, None]
             if grad_r_ptr is not None:
-                grad += tl.load(grad_r_ptr + at + i * WIDTH, mask=inside[i], other=0.0).to(tl.float32)
+                grad += grad_r[i].to(tl.float32)
             if grad_x_ptr is not None:
                 tl.store(grad_x_ptr + at + i * WIDTH, grad.to(grad_x_ptr.dtype.element_ty), mask=inside[i])
             if grad_y_ptr is not None:
                 value = grad * gate[i].to(tl.float32)
                 tl.store(grad_y_ptr + at + i * WIDTH, value.to(grad_y_ptr.dtype.element_ty), mask=inside[i])
             if y_ptr is not None:
-                y = tl.load(y_ptr + at + i * WIDTH, mask=inside[i], other=0.0).to(tl.float32)
-                gates = gates + (sum_gate[i] + grad * y,)
+                gates = gates + (sum_gate[i] + grad * y[i].to(tl.float32),)
         if y_ptr is not None:
             sum_gate = gates
 

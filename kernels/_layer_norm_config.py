@@ -8,7 +8,7 @@ from functools import cache
 WARPS = 4
 # of one row in one thread: 1536 channels are one warp's. Forward holds the row in fp32 and a few inputs in their dtype;
 # backward two rows in fp32 and up to three sums
-FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 48, 24
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 48, 16
 PROGRAMS_PER_MULTIPROCESSOR = 4  # of the backward pass: about as many as are resident, for each leaves partial sums
 
 
