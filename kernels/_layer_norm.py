@@ -194,8 +194,11 @@ def _backward_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _sum_chunks_kernel(sums_ptr, total_ptr, d, chunks, sums, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
+def _sum_chunks_kernel(
+    sums_ptr, total_ptr, d, chunks, sums, WIDTH: tl.constexpr, DEPTH: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
     """[sums, chunks, D] -> [sums, D], the chunks in fixed order."""
+    d = d // VECTOR * VECTOR
     column = tl.program_id(0) // sums * WIDTH + tl.arange(0, WIDTH)
     plane = (tl.program_id(0) % sums).to(tl.int64)
     total = tl.zeros([DEPTH, WIDTH], tl.float32)
@@ -276,6 +279,6 @@ def backward(
             num_warps=config.num_warps,
         )  # fmt: skip
         _sum_chunks_kernel[(count * samples * triton.cdiv(d, 32),)](
-            sums, totals, d, chunks, count * samples, WIDTH=32, DEPTH=64, num_warps=4
+            sums, totals, d, chunks, count * samples, WIDTH=32, DEPTH=64, VECTOR=config.vector, num_warps=4
         )
     return grad_x, grad_y, totals
