@@ -41,10 +41,12 @@ def parameter_dtype(first: Tensor, x: Tensor) -> torch.dtype:
 
 def modulation(op: str, name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """scale, shift or gate, checked, as [B, D]: a view, so that a chunk of a projection stays where it is."""
-    rows = value.squeeze(1) if value.dim() == 3 and value.shape[1] == 1 else value
-    if rows.shape != (x.shape[0], x.shape[-1]):
-        b, d = x.shape[0], x.shape[-1]
-        raise ValueError(f"{op}: {name}: expected {[b, d]} or {[b, 1, d]}, got {list(value.shape)}")
+    expected, rows = (x.shape[0], x.shape[-1]), value
+    if value.shape != expected:
+        if value.shape != (expected[0], 1, expected[1]):
+            b, d = expected
+            raise ValueError(f"{op}: {name}: expected {[b, d]} or {[b, 1, d]}, got {list(value.shape)}")
+        rows = value.squeeze(1)
     check_like(op, name, value, x, dtype)
     return rows
 
@@ -54,7 +56,8 @@ def modulation(op: str, name: str, value: Tensor, x: Tensor, dtype: torch.dtype)
 
 def geometry(x: Tensor) -> tuple[int, int, int]:
     """Samples, rows of a sample, D."""
-    return x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]
+    shape = x.shape
+    return shape[0], math.prod(shape[1:-1]), shape[-1]
 
 
 def dense_rows(value: Tensor) -> Tensor:
@@ -62,9 +65,9 @@ def dense_rows(value: Tensor) -> Tensor:
     return value if value.stride(1) == 1 else value.contiguous()
 
 
-def empty_statistics(x: Tensor) -> Tensor:
-    """[2, rows of x]: mean and rstd of every row, for the backward pass; in one tensor, which costs one allocation."""
-    return x.new_empty((2, math.prod(x.shape[:-1])), dtype=torch.promote_types(x.dtype, torch.float32))
+def empty_statistics(x: Tensor, rows: int) -> Tensor:
+    """[2, rows]: mean and rstd of every row, for the backward pass; in one tensor, which costs one allocation."""
+    return x.new_empty((2, rows), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 # ---- the definition

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -102,12 +103,13 @@ def _eager(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor
 def _extension_forward(name: str, call: Call) -> tuple[Tensor, Tensor]:
     module: Any = _backends.extension(name)
     x, scale, shift, eps = call
-    out, statistics = torch.empty_like(x), _layer_norm.empty_statistics(x)
+    sizes = batch, rows, _ = _layer_norm.geometry(x)
+    out, statistics = torch.empty_like(x), _layer_norm.empty_statistics(x, batch * rows)
     p = _library.pointer
     with guard(x):
         module.ada_layer_norm_forward(
             p(x), p(scale), p(shift), p(out), p(statistics),
-            *_layer_norm.geometry(x), scale.stride(0), shift.stride(0), eps,
+            *sizes, scale.stride(0), shift.stride(0), eps,
             _library.DTYPE_CODE[x.dtype], _library.DTYPE_CODE[scale.dtype], _library.stream(x),
         )  # fmt: skip
     return out, statistics
@@ -168,7 +170,7 @@ def _dense(call: Call) -> Call:
 
 
 def _fake(call: Call) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(call.x), _layer_norm.empty_statistics(call.x)
+    return torch.empty_like(call.x), _layer_norm.empty_statistics(call.x, math.prod(call.x.shape[:-1]))
 
 
 _operator = Operator("ada_layer_norm", Call, COLUMNS, dense=_dense, fake=_fake, saved=1)

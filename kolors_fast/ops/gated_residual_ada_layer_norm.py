@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -137,12 +138,13 @@ def _eager(
 def _extension_forward(name: str, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     module: Any = _backends.extension(name)
     x, y, gate, scale, shift, eps = call
-    r, out, statistics = torch.empty_like(x), torch.empty_like(x), _layer_norm.empty_statistics(x)
+    sizes = batch, rows, _ = _layer_norm.geometry(x)
+    r, out, statistics = torch.empty_like(x), torch.empty_like(x), _layer_norm.empty_statistics(x, batch * rows)
     p = _library.pointer
     with guard(x):
         module.gated_residual_ada_layer_norm_forward(
             p(x), p(y), p(gate), p(scale), p(shift), p(r), p(out), p(statistics),
-            *_layer_norm.geometry(x), 0 if gate is None else gate.stride(0), scale.stride(0), shift.stride(0), eps,
+            *sizes, 0 if gate is None else gate.stride(0), scale.stride(0), shift.stride(0), eps,
             _library.DTYPE_CODE[x.dtype], _library.DTYPE_CODE[scale.dtype], _library.stream(x),
         )  # fmt: skip
     return r, out, statistics
@@ -221,7 +223,11 @@ def _dense(call: Call) -> Call:
 
 
 def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(call.x), torch.empty_like(call.x), _layer_norm.empty_statistics(call.x)
+    return (
+        torch.empty_like(call.x),
+        torch.empty_like(call.x),
+        _layer_norm.empty_statistics(call.x, math.prod(call.x.shape[:-1])),
+    )
 
 
 _operator = Operator(

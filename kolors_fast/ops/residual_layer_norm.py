@@ -109,10 +109,11 @@ def _eager(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 def _cpu_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     module: Any = _backends.extension("cpu")
     x, y, weight, bias, eps = call
-    r, out, statistics = torch.empty_like(x), torch.empty_like(x), _layer_norm.empty_statistics(x)
+    rows, d = math.prod(x.shape[:-1]), x.shape[-1]
+    r, out, statistics = torch.empty_like(x), torch.empty_like(x), _layer_norm.empty_statistics(x, rows)
     p = _library.pointer
     module.residual_layer_norm_forward(
-        p(x), p(y), p(weight), p(bias), p(r), p(out), p(statistics), math.prod(x.shape[:-1]), x.shape[-1], eps,
+        p(x), p(y), p(weight), p(bias), p(r), p(out), p(statistics), rows, d, eps,
         _library.DTYPE_CODE[x.dtype], _library.DTYPE_CODE[weight.dtype],
     )  # fmt: skip
     return r, out, statistics
@@ -174,7 +175,11 @@ def _dense(call: Call) -> Call:
 
 
 def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(call.x), torch.empty_like(call.x), _layer_norm.empty_statistics(call.x)
+    return (
+        torch.empty_like(call.x),
+        torch.empty_like(call.x),
+        _layer_norm.empty_statistics(call.x, math.prod(call.x.shape[:-1])),
+    )
 
 
 _operator = Operator(
