@@ -92,7 +92,46 @@ def guided_step(d: Draws) -> Inputs:
     }
 
 
-INPUTS: dict[str, Callable[[Draws], Inputs]] = {"group_norm_silu": group_norm_silu, "guided_step": guided_step}
+def ada_layer_norm(d: Draws) -> Inputs:
+    shape = (d.size(3, least=0), *d.sizes(d.size(2, least=0), 7), d.size(70))
+    return {
+        "x": d.tensor(*shape),
+        "scale": modulation(d, shape),
+        "shift": modulation(d, shape),
+        "eps": d.draw(st.sampled_from((1e-5, 1e-6))),
+    }
+
+
+def gated_residual_ada_layer_norm(d: Draws) -> Inputs:
+    inputs = ada_layer_norm(d)
+    shape = inputs["x"].shape
+    return {**inputs, "y": d.tensor(*shape), "gate": modulation(d, shape) if d.chance() else None}
+
+
+def modulation(d: Draws, shape: tuple[int, ...]) -> Tensor:
+    """[B, D] or [B, 1, D]"""
+    values = d.placed(d.flat(shape[0], shape[-1], deviation=0.3))
+    return values.unsqueeze(1) if d.chance() else values
+
+
+def residual_layer_norm(d: Draws) -> Inputs:
+    shape = (d.size(3, least=0), *d.sizes(d.size(2, least=0), 7), d.size(70))
+    return {
+        "x": d.tensor(*shape),
+        "y": d.tensor(*shape),
+        "weight": d.flat(shape[-1], mean=1.0, deviation=0.3),
+        "bias": d.flat(shape[-1]),
+        "eps": d.draw(st.sampled_from((1e-5, 1e-6))),
+    }
+
+
+INPUTS: dict[str, Callable[[Draws], Inputs]] = {
+    "ada_layer_norm": ada_layer_norm,
+    "gated_residual_ada_layer_norm": gated_residual_ada_layer_norm,
+    "group_norm_silu": group_norm_silu,
+    "guided_step": guided_step,
+    "residual_layer_norm": residual_layer_norm,
+}
 
 
 def run(function: Callable[..., Any], inputs: Inputs, gradients: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:
