@@ -267,8 +267,8 @@ def backward(
     strides = (_stride(gate), _stride(scale))
     config = _configure(r, (grad_r, grad_out, y, gate, scale), strides, BACKWARD_ELEMENTS)
     rows = all_rows // samples
-    chunks, steps = split(samples, config.blocks(rows), multiprocessors(r.device))
     count = 2 if y is None else 3
+    chunks, steps = split(samples, config.blocks(rows), config.num_warps, count, multiprocessors(r.device))
     sums = r.new_empty((count, samples, chunks, d), dtype=torch.float32)
     totals = r.new_empty((count, samples, d), dtype=torch.float32)
     with guard(r):

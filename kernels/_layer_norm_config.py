@@ -9,7 +9,9 @@ WARPS = 4
 # of one row in one thread: 1536 channels are one warp's. Forward holds the row in fp32 and a few inputs in their dtype;
 # backward two rows in fp32 and up to three sums
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 48, 16
-PROGRAMS_PER_MULTIPROCESSOR = 4  # of the backward pass: about as many as are resident, for each leaves partial sums
+REGISTER_FILE = 65536  # of a multiprocessor
+# that a thread of the backward pass takes, by the number of sums it holds; tests/ops/triton_resources.json has them all
+REGISTERS = {2: 128, 3: 168}
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,12 @@ def configure(d: int, itemsize: int, aligned: bool, elements: int) -> Config:
 
 
 @cache
-def split(samples: int, blocks: int, multiprocessors: int) -> tuple[int, int]:
-    """(chunks of a sample, blocks of a chunk) for a backward pass over so many blocks of rows per sample."""
-    wanted = multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
-    per_chunk = max(1, samples * blocks // wanted)
+def split(samples: int, blocks: int, num_warps: int, sums: int, multiprocessors: int) -> tuple[int, int]:
+    """(chunks of a sample, blocks of a chunk) for a backward pass over so many blocks of rows per sample.
+
+    As many programs as are resident at once: more would leave more partial sums, and a last wave that fills part of the
+    GPU.
+    """
+    resident = multiprocessors * max(1, REGISTER_FILE // (REGISTERS[sums] * 32 * num_warps))
+    per_chunk = -(-blocks // max(1, resident // samples))
     return -(-blocks // per_chunk), per_chunk

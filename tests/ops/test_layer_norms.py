@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kolors_fast.kernels._layer_norm_config import BACKWARD_ELEMENTS, FORWARD_ELEMENTS, configure, split
+from kolors_fast.kernels._layer_norm_config import (
+    BACKWARD_ELEMENTS,
+    FORWARD_ELEMENTS,
+    REGISTER_FILE,
+    REGISTERS,
+    configure,
+    split,
+)
 from torch import Tensor
 
 from kolors_fast.ops import (
@@ -325,10 +332,14 @@ def test_grids_fill_the_gpu_and_cover_every_row_once(d: int, rows: int, multipro
     forward = configure(d, 2, True, FORWARD_ELEMENTS)
     assert (forward.blocks(rows) - 1) * forward.rows < rows <= forward.blocks(rows) * forward.rows
     assert 2 * forward.blocks(rows) >= multiprocessors
-    blocks = configure(d, 2, True, BACKWARD_ELEMENTS).blocks(rows)
-    chunks, steps = split(2, blocks, multiprocessors)
-    assert (chunks - 1) * steps < blocks <= chunks * steps
-    assert 2 * chunks >= multiprocessors
+    backward = configure(d, 2, True, BACKWARD_ELEMENTS)
+    blocks = backward.blocks(rows)
+    for sums in REGISTERS:
+        chunks, steps = split(2, blocks, backward.num_warps, sums, multiprocessors)
+        assert (chunks - 1) * steps < blocks <= chunks * steps
+        registers = 2 * chunks * backward.num_warps * 32 * REGISTERS[sums]
+        assert registers <= multiprocessors * REGISTER_FILE  # in one wave
+        assert 2 * chunks >= 0.8 * multiprocessors
 
 
 if __name__ == "__main__":
