@@ -28,6 +28,10 @@ ON_CPU = (
     "kolors_2x640+320x64x64",
     "kolors_2x1280x32x32",
     "kolors_2x1280x32x32_no_silu",
+    "sd3_text_2x333x1536",
+    "pixart_2x4096x1152",
+    "kolors_2x4096x640",
+    "kolors_2x1024x1280",
     "kolors_1024_multistep",
     "kolors_1024_batch_8",
     "dalle_2x4096x1536_to_float16",
@@ -63,8 +67,8 @@ def _run(spec: OpSpec, name: str, device: str) -> tuple[Callable[..., Any], str 
     return reason or (spec.function, name)
 
 
-def _first(outputs: Any) -> Tensor:
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+def _all(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _cold(inputs: Inputs) -> itertools.cycle[Inputs]:
@@ -84,7 +88,7 @@ def test_forward(
 
     def line_up() -> dict[str, Any]:
         cold, epsilon = _cold(inputs), torch.finfo(dtype).eps
-        truth = _first(spec.reference(**inputs)).float()
+        truth = [y.float() for y in _all(spec.reference(**inputs))]
 
         def enter(name: str) -> Any:
             found = _run(spec, name, device)
@@ -92,7 +96,7 @@ def test_forward(
                 return found
             run, backend = found
             with torch.no_grad(), use_backend(backend):
-                ours = _first(run(**inputs)).float()
+                ours = [y.float() for y in _all(run(**inputs))]
             torch.testing.assert_close(ours, truth, rtol=16 * epsilon, atol=16 * epsilon)
             return lambda: run(**next(cold)), backend
 
@@ -109,9 +113,9 @@ def test_backward(race: Any, benchmark: Any, spec: OpSpec, case: Case, provider:
 
     def line_up() -> dict[str, Any]:
         leaves = [inputs[n].requires_grad_() for n in spec.gradients if isinstance(inputs.get(n), Tensor)]
-        y = spec.reference(**inputs)
-        seed = torch.randn_like(y)
-        truth = torch.autograd.grad(y, leaves, seed)
+        outputs = _all(spec.reference(**inputs))
+        seeds = [torch.randn_like(y) for y in outputs]
+        truth = torch.autograd.grad(outputs, leaves, seeds)
 
         def enter(name: str) -> Any:
             found = _run(spec, name, device)
@@ -120,10 +124,10 @@ def test_backward(race: Any, benchmark: Any, spec: OpSpec, case: Case, provider:
             run, backend = found
 
             def once() -> tuple[Tensor, ...]:
-                return torch.autograd.grad(y, leaves, seed, retain_graph=True)
+                return torch.autograd.grad(outputs, leaves, seeds, retain_graph=True)
 
             with use_backend(backend):
-                y = run(**inputs)
+                outputs = _all(run(**inputs))
                 for ours, true in zip(once(), truth, strict=True):
                     torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-4 * true.abs().max().item())
             return once, backend

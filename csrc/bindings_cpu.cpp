@@ -104,6 +104,66 @@ void unscale_grads(const TensorEntry *table, const float *scales, float *norm, b
     kernels().unscale_grads({table, scales, norm, nonfinite, tensors, scale_stride});
 }
 
+LayerNormShape checked_rows(int64_t batch, int64_t rows, int64_t d, int dtype, int parameter_dtype) {
+    if (batch < 0 || rows < 0 || d < 0)
+        throw py::value_error("batch, rows and d must not be negative");
+    return {batch, rows, d, dtype_of("dtype", dtype), dtype_of("parameter_dtype", parameter_dtype)};
+}
+
+void ada_forward(const void *x, const void *scale, const void *shift, void *out, float *statistics, int64_t batch,
+                 int64_t rows, int64_t d, int64_t scale_stride, int64_t shift_stride, double eps, int dtype,
+                 int parameter_dtype, void *) {
+    const LayerNormShape shape = checked_rows(batch, rows, d, dtype, parameter_dtype);
+    const py::gil_scoped_release released;
+    kernels().ada_layer_norm_forward(
+        {shape, x, nullptr, nullptr, scale, shift, 0, scale_stride, shift_stride, nullptr, out, statistics, eps});
+}
+
+void ada_backward(const void *grad_out, const void *x, const void *scale, const float *statistics, void *grad_x,
+                  float *grad_scale, float *grad_shift, void *, int64_t batch, int64_t rows, int64_t d,
+                  int64_t scale_stride, int dtype, int parameter_dtype, void *) {
+    const LayerNormShape shape = checked_rows(batch, rows, d, dtype, parameter_dtype);
+    const py::gil_scoped_release released;
+    kernels().ada_layer_norm_backward({shape, nullptr, grad_out, x, nullptr, nullptr, scale, 0, scale_stride,
+                                       statistics, grad_x, nullptr, nullptr, grad_scale, grad_shift});
+}
+
+void gated_forward(const void *x, const void *y, const void *gate, const void *scale, const void *shift, void *r,
+                   void *out, float *statistics, int64_t batch, int64_t rows, int64_t d, int64_t gate_stride,
+                   int64_t scale_stride, int64_t shift_stride, double eps, int dtype, int parameter_dtype, void *) {
+    const LayerNormShape shape = checked_rows(batch, rows, d, dtype, parameter_dtype);
+    const py::gil_scoped_release released;
+    kernels().gated_residual_ada_layer_norm_forward(
+        {shape, x, y, gate, scale, shift, gate_stride, scale_stride, shift_stride, r, out, statistics, eps});
+}
+
+void gated_backward(const void *grad_r, const void *grad_out, const void *r, const void *y, const void *gate,
+                    const void *scale, const float *statistics, void *grad_x, void *grad_y, float *grad_gate,
+                    float *grad_scale, float *grad_shift, void *, int64_t batch, int64_t rows, int64_t d,
+                    int64_t gate_stride, int64_t scale_stride, int dtype, int parameter_dtype, void *) {
+    const LayerNormShape shape = checked_rows(batch, rows, d, dtype, parameter_dtype);
+    const py::gil_scoped_release released;
+    kernels().gated_residual_ada_layer_norm_backward({shape, grad_r, grad_out, r, y, gate, scale, gate_stride,
+                                                      scale_stride, statistics, grad_x, grad_y, grad_gate, grad_scale,
+                                                      grad_shift});
+}
+
+void residual_forward(const void *x, const void *y, const void *weight, const void *bias, void *r, void *out,
+                      float *statistics, int64_t rows, int64_t d, double eps, int dtype, int weight_dtype) {
+    const LayerNormShape shape = checked_rows(1, rows, d, dtype, weight_dtype);
+    const py::gil_scoped_release released;
+    kernels().residual_layer_norm_forward({shape, x, y, nullptr, weight, bias, 0, 0, 0, r, out, statistics, eps});
+}
+
+void residual_backward(const void *grad_r, const void *grad_out, const void *r, const void *weight,
+                       const float *statistics, void *grad_x, float *grad_weight, float *grad_bias, int64_t rows,
+                       int64_t d, int dtype, int weight_dtype) {
+    const LayerNormShape shape = checked_rows(1, rows, d, dtype, weight_dtype);
+    const py::gil_scoped_release released;
+    kernels().residual_layer_norm_backward({shape, grad_r, grad_out, r, nullptr, nullptr, weight, 0, 0, statistics,
+                                            grad_x, nullptr, nullptr, grad_weight, grad_bias});
+}
+
 } // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -135,4 +195,23 @@ PYBIND11_MODULE(_cpu, module) {
     module.def(
         "unscale_grads_workspace", [](uintptr_t, int64_t) { return 0; }, arg("table"), arg("tensors"),
         "Bytes of workspace: none, the CPU kernel allocates its own.");
+    define(module, "ada_layer_norm_forward", &ada_forward, "x", "scale", "shift", "out", "statistics", "batch", "rows",
+           "d", "scale_stride", "shift_stride", "eps", "dtype", "parameter_dtype", "stream");
+    define(module, "ada_layer_norm_backward", &ada_backward, "grad_out", "x", "scale", "statistics", "grad_x",
+           "grad_scale", "grad_shift", "workspace", "batch", "rows", "d", "scale_stride", "dtype", "parameter_dtype",
+           "stream");
+    define(module, "gated_residual_ada_layer_norm_forward", &gated_forward, "x", "y", "gate", "scale", "shift", "r",
+           "out", "statistics", "batch", "rows", "d", "gate_stride", "scale_stride", "shift_stride", "eps", "dtype",
+           "parameter_dtype", "stream");
+    define(module, "gated_residual_ada_layer_norm_backward", &gated_backward, "grad_r", "grad_out", "r", "y", "gate",
+           "scale", "statistics", "grad_x", "grad_y", "grad_gate", "grad_scale", "grad_shift", "workspace", "batch",
+           "rows", "d", "gate_stride", "scale_stride", "dtype", "parameter_dtype", "stream");
+    define(module, "residual_layer_norm_forward", &residual_forward, "x", "y", "weight", "bias", "r", "out",
+           "statistics", "rows", "d", "eps", "dtype", "weight_dtype");
+    define(module, "residual_layer_norm_backward", &residual_backward, "grad_r", "grad_out", "r", "weight",
+           "statistics", "grad_x", "grad_weight", "grad_bias", "rows", "d", "dtype", "weight_dtype");
+    for (const char *name : {"ada_layer_norm_workspace", "gated_residual_ada_layer_norm_workspace"})
+        module.def(
+            name, [](int64_t, int64_t, int64_t) { return 0; }, arg("batch"), arg("rows"), arg("d"),
+            "Bytes of workspace for the backward pass: none, the CPU kernels allocate their own.");
 }

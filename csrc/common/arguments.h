@@ -99,4 +99,47 @@ struct UnscaleGrads {
     int64_t scale_stride;
 };
 
+// The LayerNorm family: r = x + gate * y; out = (r - mean) * rstd * factor + shift, statistics over d.
+//   ada_layer_norm                 no y, no gate: r is x; factor = 1 + scale
+//   gated_residual_ada_layer_norm  gate may be absent: ones; factor = 1 + scale
+//   residual_layer_norm            no gate; factor = scale, the weight, and shift, the bias, of all samples (batch is
+//   1)
+// r is rounded to its dtype, and the statistics are those of the rounded r.
+struct LayerNormShape {
+    int64_t batch, rows, d; // rows of one sample
+    DType dtype;            // of x, y, r, out and their gradients
+    DType parameter_dtype;  // of gate, scale and shift: dtype or float32
+};
+
+struct LayerNormForward {
+    LayerNormShape shape;
+    const void *x;                                   // [batch, rows, d]
+    const void *y;                                   // [batch, rows, d] or null
+    const void *gate;                                // [batch, d] or null
+    const void *scale;                               // [batch, d]
+    const void *shift;                               // [batch, d]
+    int64_t gate_stride, scale_stride, shift_stride; // elements from one sample's row to the next
+    void *r;                                         // [batch, rows, d], null without y
+    void *out;                                       // [batch, rows, d]
+    float *statistics;                               // [2, batch * rows]: mean, then rstd
+    double eps;
+};
+
+struct LayerNormBackward {
+    LayerNormShape shape;
+    const void *grad_r;                // [batch, rows, d] or null: added to the gradient of the LayerNorm
+    const void *grad_out;              // [batch, rows, d]
+    const void *r;                     // [batch, rows, d], as stored
+    const void *y;                     // [batch, rows, d], read for grad_gate only
+    const void *gate;                  // [batch, d] or null
+    const void *scale;                 // [batch, d]
+    int64_t gate_stride, scale_stride; // elements from one sample's row to the next
+    const float *statistics;           // [2, batch * rows]
+    void *grad_x;                      // [batch, rows, d] or null; without a gate that of y too
+    void *grad_y;                      // [batch, rows, d] or null: gate times that of x
+    float *grad_gate;                  // [batch, d] or null
+    float *grad_scale;                 // [batch, d] or null
+    float *grad_shift;                 // [batch, d] or null
+};
+
 } // namespace kolors_fast

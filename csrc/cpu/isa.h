@@ -11,12 +11,18 @@ const char *isa();
 
 // Every kernel and its arguments.
 #define KOLORS_FAST_KERNELS(KERNEL)                                                                                    \
+    KERNEL(ada_layer_norm_forward, LayerNormForward)                                                                   \
+    KERNEL(ada_layer_norm_backward, LayerNormBackward)                                                                 \
+    KERNEL(gated_residual_ada_layer_norm_forward, LayerNormForward)                                                    \
+    KERNEL(gated_residual_ada_layer_norm_backward, LayerNormBackward)                                                  \
     KERNEL(group_norm_silu_forward, GroupNormSiluForward)                                                              \
     KERNEL(group_norm_silu_backward, GroupNormSiluBackward)                                                            \
     KERNEL(guided_step, GuidedStep)                                                                                    \
     KERNEL(scale_and_filter, ScaleAndFilter)                                                                           \
     KERNEL(unscale_and_filter, UnscaleAndFilter)                                                                       \
-    KERNEL(unscale_grads, UnscaleGrads)
+    KERNEL(unscale_grads, UnscaleGrads)                                                                                \
+    KERNEL(residual_layer_norm_forward, LayerNormForward)                                                              \
+    KERNEL(residual_layer_norm_backward, LayerNormBackward)
 
 #define KOLORS_FAST_DECLARE(name, Arguments) void name(const Arguments &);
 #define KOLORS_FAST_POINTER(name, Arguments) void (*name)(const Arguments &);

@@ -40,6 +40,8 @@ class Operator:
         fake: a call -> what `forward` returns, uninitialised.
         outputs: how many results of `forward` are the op's, the rest being for the backward pass.
         mutated: the field of the call that `forward` writes in place.
+        kept: field -> the output that `backward` reads in its place, of the same shape and dtype. So an input that
+            `backward` has no use for need not live until then.
     """
 
     def __init__(
@@ -53,9 +55,11 @@ class Operator:
         outputs: int = 1,
         saved: int = 0,
         mutated: str | None = None,
+        kept: Mapping[str, int] | None = None,
     ) -> None:
         self.name, self.call, self.columns, self.dense, self.fake = name, call, columns, dense, fake
         self.outputs, self.saved, self.mutated = outputs, saved, mutated
+        self.kept = {call._fields.index(field): output for field, output in (kept or {}).items()}
         types = {field: _SCHEMA_TYPES[kind] for field, kind in _annotations(call).items()}
         if mutated is not None:
             types[mutated] = types[mutated].replace("Tensor", "Tensor(a!)")
@@ -72,7 +76,7 @@ class Operator:
         kept = [f"Tensor saved_{i}" for i in range(self.saved)]
         results = ", ".join(["Tensor"] * self.tensors)
         schema = f"{self.name}_backward({', '.join([*fields, *grads, *kept])}, bool[] needs) -> ({results})"
-        self.backward_op = _library.define(schema, self._backward, self._backward_fake)
+        self.backward_op = _library.define(schema, self._backward_apart, self._backward_fake)
         _library.define_autograd(self.name, self._autograd_backward, self._setup_context)
         operator = self
 
@@ -134,6 +138,14 @@ class Operator:
             for grad, like, need in zip(found, call, needs, strict=False)
         )
 
+    def _backward_apart(self, *args: Any) -> tuple[Tensor, ...]:
+        """A registered op's results share no memory with each other or its arguments: gradients that do are copied."""
+        taken, found = {id(arg) for arg in args}, list(self._backward(*args))
+        for i, grad in enumerate(found):
+            found[i] = grad.clone() if id(grad) in taken else grad
+            taken.add(id(grad))
+        return tuple(found)
+
     def _backward_fake(self, *args: Any) -> tuple[Tensor, ...]:
         call, _, _, needs = self._split(args)
         return self._gradients(self.dense(call), needs)
@@ -154,7 +166,10 @@ class Operator:
         if isinstance(output, Tensor):
             output = (output,)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: self.tensors], *output[self.outputs :])
+        tensors = list(inputs[: self.tensors])
+        for i, kept in self.kept.items():
+            tensors[i] = output[kept]
+        ctx.save_for_backward(*tensors, *output[self.outputs :])
         ctx.numbers = inputs[self.tensors :]
 
     def _autograd_backward(self, ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:

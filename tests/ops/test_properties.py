@@ -107,12 +107,41 @@ def unscale_and_filter(d: Draws) -> Inputs:
     return {**inputs, "add": d.draw(st.sampled_from((None, d.tensor(*shape), d.tensor(*shape).float())))}
 
 
-INPUTS: dict[str, Callable[[Draws], Inputs]] = {
-    "group_norm_silu": group_norm_silu,
-    "guided_step": guided_step,
-    "scale_and_filter": scale_and_filter,
-    "unscale_and_filter": unscale_and_filter,
-}
+def ada_layer_norm(d: Draws) -> Inputs:
+    shape = (d.size(3, least=0), *d.sizes(d.size(2, least=0), 7), d.size(70))
+    return {
+        "x": d.tensor(*shape),
+        "scale": modulation(d, shape),
+        "shift": modulation(d, shape),
+        "eps": d.draw(st.sampled_from((1e-5, 1e-6))),
+    }
+
+
+def gated_residual_ada_layer_norm(d: Draws) -> Inputs:
+    inputs = ada_layer_norm(d)
+    shape = inputs["x"].shape
+    return {**inputs, "y": d.tensor(*shape), "gate": modulation(d, shape) if d.chance() else None}
+
+
+def modulation(d: Draws, shape: tuple[int, ...]) -> Tensor:
+    """[B, D] or [B, 1, D]"""
+    values = d.placed(d.flat(shape[0], shape[-1], deviation=0.3))
+    return values.unsqueeze(1) if d.chance() else values
+
+
+def residual_layer_norm(d: Draws) -> Inputs:
+    shape = (d.size(3, least=0), *d.sizes(d.size(2, least=0), 7), d.size(70))
+    return {
+        "x": d.tensor(*shape),
+        "y": d.tensor(*shape),
+        "weight": d.flat(shape[-1], mean=1.0, deviation=0.3),
+        "bias": d.flat(shape[-1]),
+        "eps": d.draw(st.sampled_from((1e-5, 1e-6))),
+    }
+
+
+# a function above of an op's name draws its inputs
+INPUTS: dict[str, Callable[[Draws], Inputs]] = {name: globals()[name] for name in SPECS if name in globals()}
 
 
 def run(function: Callable[..., Any], inputs: Inputs, gradients: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:

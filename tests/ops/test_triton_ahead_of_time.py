@@ -45,6 +45,9 @@ CASES = {
         "odd_channels_last",
         "offset_view",
     ),
+    "ada_layer_norm": ("sd3_2x4096x1536", "sd35_large_2x4096x2432", "plain", "offset_view"),
+    "gated_residual_ada_layer_norm": ("sd3_2x4096x1536", "sd35_large_2x4096x2432", "plain", "no_gate"),
+    "residual_layer_norm": ("kolors_2x4096x640", "kolors_2x1024x1280", "plain"),
 }
 # kernels that read partial sums and rows of channels only
 NARROW = ("_grad_groups_kernel",)
