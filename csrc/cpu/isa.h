@@ -13,7 +13,13 @@ const char *isa();
 #define KOLORS_FAST_KERNELS(KERNEL)                                                                                    \
     KERNEL(group_norm_silu_forward, GroupNormSiluForward)                                                              \
     KERNEL(group_norm_silu_backward, GroupNormSiluBackward)                                                            \
-    KERNEL(guided_step, GuidedStep)
+    KERNEL(guided_step, GuidedStep)                                                                                    \
+    KERNEL(geglu_forward, GateForward)                                                                                 \
+    KERNEL(geglu_backward, GateBackward)                                                                               \
+    KERNEL(swiglu_forward, GateForward)                                                                                \
+    KERNEL(swiglu_backward, GateBackward)                                                                              \
+    KERNEL(rms_norm_forward, RmsNormForward)                                                                           \
+    KERNEL(rms_norm_backward, RmsNormBackward)
 
 #define KOLORS_FAST_DECLARE(name, Arguments) void name(const Arguments &);
 #define KOLORS_FAST_POINTER(name, Arguments) void (*name)(const Arguments &);

@@ -49,7 +49,8 @@ class Operator:
         fields = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in _annotations(call).items()]
         self.tensors = sum(field.startswith("Tensor") for field in fields)
         results = ", ".join(["Tensor"] * (outputs + saved))
-        self.forward_op = _library.define(f"{name}({', '.join(fields)}) -> ({results})", self._forward, self._fake)
+        schema = f"{name}({', '.join(fields)}) -> ({results})"
+        self.forward_op = _library.define(schema, _alone(self._forward), _alone(self._fake))
         self.differentiable = columns["reference"].backward is not None
         if self.differentiable:
             self._define_backward(fields)
@@ -59,7 +60,7 @@ class Operator:
         kept = [f"Tensor saved_{i}" for i in range(self.saved)]
         results = ", ".join(["Tensor"] * self.tensors)
         schema = f"{self.name}_backward({', '.join([*fields, *grads, *kept])}, bool[] needs) -> ({results})"
-        self.backward_op = _library.define(schema, self._backward, self._backward_fake)
+        self.backward_op = _library.define(schema, _alone(self._backward), _alone(self._backward_fake))
         _library.define_autograd(self.name, self._autograd_backward, self._setup_context)
         operator = self
 
@@ -79,7 +80,7 @@ class Operator:
     def __call__(self, call: Any) -> Any:
         """The op's output, or the tuple of its outputs."""
         if _library.tracing(call[0]):
-            results = self.forward_op(*call)
+            results = _together(self.forward_op(*call))
         elif self.differentiable and _library.wants_grad(call[: self.tensors]):
             return self.function.apply(*call)
         else:
@@ -134,16 +135,16 @@ class Operator:
         middle = size + self.outputs
         return self.call(*args[:size]), args[size:middle], args[middle:-1], args[-1]
 
-    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: self.tensors], *output[self.outputs :])
+        ctx.save_for_backward(*inputs[: self.tensors], *_together(output)[self.outputs :])
         ctx.numbers = inputs[self.tensors :]
 
     def _autograd_backward(self, ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:
         grads, kept = arrived[: self.outputs], ctx.saved_tensors  # what is saved is for us alone: no gradient arrives
         needs = list(ctx.needs_input_grad[: self.tensors])
         run = self.backward_op if any(g is not None and _library.tracing(g) for g in grads) else self._backward
-        found = run(*kept[: self.tensors], *ctx.numbers, *grads, *kept[self.tensors :], needs)
+        found = _together(run(*kept[: self.tensors], *ctx.numbers, *grads, *kept[self.tensors :], needs))
         wanted = [grad if need else None for grad, need in zip(found, needs, strict=True)]
         return (*wanted, *[None] * len(ctx.numbers))
 
@@ -155,3 +156,18 @@ def _annotations(call: type[NamedTuple]) -> dict[str, str]:
 
 def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
+def _alone(implementation: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """As a schema has it: one result stands alone, and not in a tuple."""
+
+    def run(*args: Any) -> Any:
+        results = implementation(*args)
+        return results[0] if len(results) == 1 else results
+
+    return run
+
+
+def _together(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The inverse of `_alone`."""
+    return (results,) if isinstance(results, Tensor) else results
