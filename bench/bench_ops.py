@@ -30,6 +30,11 @@ ON_CPU = (
     "kolors_2x1280x32x32_no_silu",
     "kolors_1024_multistep",
     "kolors_1024_batch_8",
+    "kolors_512_2x1024x5120",
+    "kolors_512_2x256x10240",
+    "chatglm_1x256x27392",
+    "chatglm_1x256x4096",
+    "sd35_2x4096x24x64",
 )
 
 

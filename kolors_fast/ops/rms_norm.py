@@ -19,7 +19,7 @@ from ._spec import Case, Inputs, OpSpec
 Grads = tuple[Tensor]  # of y
 Saved = tuple[Tensor]  # rstd
 Gradients = tuple[Tensor | None, Tensor | None]
-TRITON_FEATURES = 16384  # of a row that one program holds in registers
+TRITON_FEATURES = 8192  # of a row that one program holds in registers
 
 
 class Call(NamedTuple):
