@@ -31,7 +31,7 @@ def geglu(h: Tensor) -> Tensor:
     Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202; Hendrycks & Gimpel, Gaussian Error Linear
     Units, arXiv 1606.08415.
     """
-    y: Tensor = _gate.operator(_gate.prepare(h))
+    y: Tensor = _operator(_gate.prepare(h))
     return y
 
 
@@ -49,6 +49,7 @@ def _eager(h: Tensor) -> Tensor:
 
 
 _gate = Gate("geglu", _gelu, gate_first=False)
+_operator = _gate.operator
 
 # Kolors' UNet at batch 2: blocks of 640 and of 1280 channels, for pictures of 1024x1024 and of 512x512
 MODELS = {

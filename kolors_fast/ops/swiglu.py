@@ -27,7 +27,7 @@ def swiglu(h: Tensor) -> Tensor:
 
     Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202; the order of the halves is ChatGLM's.
     """
-    y: Tensor = _gate.operator(_gate.prepare(h))
+    y: Tensor = _operator(_gate.prepare(h))
     return y
 
 
@@ -44,6 +44,7 @@ def _eager(h: Tensor) -> Tensor:
 
 
 _gate = Gate("swiglu", _silu, gate_first=True)
+_operator = _gate.operator
 
 # ChatGLM's MLP on one prompt of Kolors
 MODELS = {"chatglm_1x256x27392": (1, 256, 27392)}
