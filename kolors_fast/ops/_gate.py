@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from kolors_fast.kernels.device import guard
 
 from . import _backends, _library, _rows
 from ._operator import Operator
@@ -49,7 +46,7 @@ class Gate:
         self.op, self.activation, self.gate_first = op, activation, gate_first
         self.columns = {
             "reference": _backends.Column(self._reference_forward, self._reference_backward),
-            "cpu": _backends.Column(partial(self._extension_forward, "cpu"), partial(self._extension_backward, "cpu")),
+            "cpu": _backends.Column(self._cpu_forward, self._cpu_backward),
             "triton": _backends.Column(self._triton_forward, self._triton_backward),
         }
         self.operator = Operator(op, Call, self.columns, dense=dense, fake=fake)
@@ -77,24 +74,17 @@ class Gate:
         halves = (g * activated, g * value * slope)
         return (torch.cat(halves[::-1] if self.gate_first else halves, dim=-1).to(call.h.dtype),)
 
-    def _extension_forward(self, name: str, call: Call) -> tuple[Tensor]:
+    def _cpu_forward(self, call: Call) -> tuple[Tensor]:
         h, (y,) = call.h, fake(call)
-        with guard(h):
-            getattr(_backends.extension(name), f"{self.op}_forward")(
-                h.data_ptr(), y.data_ptr(), *geometry(h), _library.DTYPE_CODE[h.dtype], _library.stream(h)
-            )
+        run = getattr(_backends.extension("cpu"), f"{self.op}_forward")
+        run(h.data_ptr(), y.data_ptr(), *geometry(h), _library.DTYPE_CODE[h.dtype], 0)
         return (y,)
 
-    def _extension_backward(
-        self, name: str, call: Call, grads: Grads, saved: tuple[()], needs: list[bool]
-    ) -> tuple[Tensor]:
+    def _cpu_backward(self, call: Call, grads: Grads, saved: tuple[()], needs: list[bool]) -> tuple[Tensor]:
         h, grad_y = call.h, grads[0].contiguous()
         grad_h = h.new_empty(h.shape)
-        with guard(h):
-            getattr(_backends.extension(name), f"{self.op}_backward")(
-                h.data_ptr(), grad_y.data_ptr(), grad_h.data_ptr(), *geometry(h),
-                _library.DTYPE_CODE[h.dtype], _library.stream(h),
-            )  # fmt: skip
+        run = getattr(_backends.extension("cpu"), f"{self.op}_backward")
+        run(h.data_ptr(), grad_y.data_ptr(), grad_h.data_ptr(), *geometry(h), _library.DTYPE_CODE[h.dtype], 0)
         return (grad_h,)
 
     def _triton_forward(self, call: Call) -> tuple[Tensor]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from kolors_fast.kernels.device import guard
 
 from . import _backends, _library, _rows
 from ._operator import Operator
@@ -101,38 +98,39 @@ def _eager(x: Tensor, weight: Tensor | None, eps: float = 1e-5) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps)
 
 
-# ---- extension column
+# ---- C++ column
 
 
-def _extension_forward(name: str, call: Call) -> tuple[Tensor, Tensor]:
-    module: Any = _backends.extension(name)
+def _cpu_forward(call: Call) -> tuple[Tensor, Tensor]:
+    module: Any = _backends.extension("cpu")
     x, weight, eps = call
     y, rstd = _fake(call)
     p = _library.pointer
-    with guard(x):
-        module.rms_norm_forward(
-            p(x), p(weight), p(y), p(rstd), rstd.shape[0], x.shape[-1], _rows.row_stride(x), eps,
-            _library.DTYPE_CODE[x.dtype], _library.DTYPE_CODE[x.dtype if weight is None else weight.dtype],
-            _library.stream(x),
-        )  # fmt: skip
+    module.rms_norm_forward(
+        p(x), p(weight), p(y), p(rstd), rstd.shape[0], x.shape[-1], _rows.row_stride(x), eps, *_dtypes(call), 0
+    )
     return y, rstd
 
 
-def _extension_backward(name: str, call: Call, grads: Grads, saved: Saved, needs: list[bool]) -> Gradients:
-    module: Any = _backends.extension(name)
+def _cpu_backward(call: Call, grads: Grads, saved: Saved, needs: list[bool]) -> Gradients:
+    module: Any = _backends.extension("cpu")
     x, weight, _ = call
-    (grad_y,), (rstd,) = grads, saved
-    grad_y = grad_y.contiguous()
+    grad_y, (rstd,) = grads[0].contiguous(), saved
     grad_x = x.new_empty(x.shape) if needs[0] else None
     grad_weight = rstd.new_empty(x.shape[-1]) if weight is not None and needs[1] else None
     p = _library.pointer
-    with guard(x):
-        module.rms_norm_backward(
-            p(grad_y), p(x), p(weight), p(rstd), p(grad_x), p(grad_weight), rstd.shape[0], x.shape[-1],
-            _rows.row_stride(x), _library.DTYPE_CODE[x.dtype],
-            _library.DTYPE_CODE[x.dtype if weight is None else weight.dtype], _library.stream(x),
-        )  # fmt: skip
+    module.rms_norm_backward(
+        p(grad_y), p(x), p(weight), p(rstd), p(grad_x), p(grad_weight), rstd.shape[0], x.shape[-1],
+        _rows.row_stride(x), *_dtypes(call), 0,
+    )  # fmt: skip
     return grad_x, grad_weight
+
+
+def _dtypes(call: Call) -> tuple[int, int]:
+    """Codes for x and for weight."""
+    return _library.DTYPE_CODE[call.x.dtype], _library.DTYPE_CODE[
+        (call.x if call.weight is None else call.weight).dtype
+    ]
 
 
 # ---- Triton column
@@ -160,7 +158,7 @@ def _triton_declines(call: Call) -> str | None:
 
 COLUMNS = {
     "reference": _backends.Column(_reference_forward, _reference_backward),
-    "cpu": _backends.Column(partial(_extension_forward, "cpu"), partial(_extension_backward, "cpu")),
+    "cpu": _backends.Column(_cpu_forward, _cpu_backward),
     "triton": _backends.Column(_triton_forward, _triton_backward, _triton_declines),
 }
 
