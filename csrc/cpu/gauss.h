@@ -44,17 +44,18 @@ KOLORS_FAST_INLINE Gauss gauss(Floats x, float) {
     q = q * r - 1.6666519e-1f;
     q = q * r + 4.9999993e-1f;
     const Floats exponential = (q * (r * r) + (1.0f - r)) * power_of_two(shifted);
-    Floats over = broadcast(4.0201783e-3f); // relative error of the quotient 5e-9
-    over = over * a + 3.9984095e-2f;
-    over = over * a + 1.8130654e-1f;
-    over = over * a + 4.3568604e-1f;
-    over = over * a + 0.5f;
-    Floats under = broadcast(1.0076949e-2f);
-    under = under * a + 1.0023265e-1f;
-    under = under * a + 4.6437975e-1f;
-    under = under * a + 1.1944833f;
-    under = under * a + 1.669257f;
-    under = under * a + 1.0f;
+    // relative error of the quotient 5e-9; from 0.75 / 1.5 on, because just above 0.5 / 1 a rounding weighs most
+    Floats over = broadcast(0.0060302674f);
+    over = over * a + 0.059976143f;
+    over = over * a + 0.27195981f;
+    over = over * a + 0.65352906f;
+    over = over * a + 0.75f;
+    Floats under = broadcast(0.015115424f);
+    under = under * a + 0.15034897f;
+    under = under * a + 0.69656963f;
+    under = under * a + 1.791725f;
+    under = under * a + 2.5038855f;
+    under = under * a + 1.5f;
     return gauss_of_tail(x, exponential, exponential * over / under);
 }
 

@@ -70,7 +70,7 @@ class Weight {
 template <typename T> void forward(const RmsNormForward &a) {
     const Weight table(a.weight, a.weight_dtype, a.features);
     const float *weight = table.data();
-    const float inverse = 1.0f / static_cast<float>(a.features), eps = static_cast<float>(a.eps);
+    const double features = static_cast<double>(a.features);
     parallel_for(a.rows, threads_for(a.rows, a.features), [&](int64_t begin, int64_t end, int) {
         for (int64_t row = begin; row < end; ++row) {
             const T *x = static_cast<const T *>(a.x) + row * a.row_stride;
@@ -79,7 +79,8 @@ template <typename T> void forward(const RmsNormForward &a) {
                 const Floats value = vector.load(x + i); // zero in the lanes that are not there
                 return value * value;
             });
-            const float rstd = 1.0f / __builtin_sqrtf(squares * inverse + eps);
+            // a rounding here would be one of the whole row
+            const float rstd = static_cast<float>(1.0 / __builtin_sqrt(squares / features + a.eps));
             a.rstd[row] = rstd;
             for_vectors(a.features, [&](int64_t i, auto vector) {
                 vector.store(y + i, vector.load(x + i) * rstd * vector.load(weight + i));
