@@ -39,6 +39,11 @@ ON_CPU = (
     "dalle_2x4096x1536_float16",
     "dalle_2x4096x1536_bfloat16",
     "gpt_192x16",
+    "kolors_512_2x1024x5120",
+    "kolors_512_2x256x10240",
+    "chatglm_1x256x27392",
+    "chatglm_1x256x4096",
+    "sd35_2x4096x24x64",
 )
 
 

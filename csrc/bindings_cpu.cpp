@@ -164,6 +164,46 @@ void residual_backward(const void *grad_r, const void *grad_out, const void *r, 
                                             grad_x, nullptr, nullptr, grad_weight, grad_bias});
 }
 
+void check_rows(int64_t rows, int64_t features) {
+    if (rows < 0 || features < 1)
+        throw py::value_error("rows must not be negative, and features must be positive");
+}
+
+template <void (*Kernels::*kKernel)(const GateForward &)>
+void gate_forward(const void *h, void *y, int64_t rows, int64_t features, int64_t row_stride, int dtype, void *) {
+    check_rows(rows, features);
+    const DType type = dtype_of("dtype", dtype);
+    const py::gil_scoped_release released;
+    (kernels().*kKernel)({h, y, rows, features, row_stride, type});
+}
+
+template <void (*Kernels::*kKernel)(const GateBackward &)>
+void gate_backward(const void *h, const void *grad_y, void *grad_h, int64_t rows, int64_t features, int64_t row_stride,
+                   int dtype, void *) {
+    check_rows(rows, features);
+    const DType type = dtype_of("dtype", dtype);
+    const py::gil_scoped_release released;
+    (kernels().*kKernel)({h, grad_y, grad_h, rows, features, row_stride, type});
+}
+
+void rms_norm_forward(const void *x, const void *weight, void *y, float *rstd, int64_t rows, int64_t features,
+                      int64_t row_stride, double eps, int dtype, int weight_dtype, void *) {
+    check_rows(rows, features);
+    const DType type = dtype_of("dtype", dtype), weight_type = dtype_of("weight_dtype", weight_dtype);
+    const py::gil_scoped_release released;
+    kernels().rms_norm_forward({x, weight, y, rstd, rows, features, row_stride, eps, type, weight_type});
+}
+
+void rms_norm_backward(const void *grad_y, const void *x, const void *weight, const float *rstd, void *grad_x,
+                       float *grad_weight, int64_t rows, int64_t features, int64_t row_stride, int dtype,
+                       int weight_dtype, void *) {
+    check_rows(rows, features);
+    const DType type = dtype_of("dtype", dtype), weight_type = dtype_of("weight_dtype", weight_dtype);
+    const py::gil_scoped_release released;
+    kernels().rms_norm_backward(
+        {grad_y, x, weight, rstd, grad_x, grad_weight, rows, features, row_stride, type, weight_type});
+}
+
 } // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -214,4 +254,16 @@ PYBIND11_MODULE(_cpu, module) {
         module.def(
             name, [](int64_t, int64_t, int64_t) { return 0; }, arg("batch"), arg("rows"), arg("d"),
             "Bytes of workspace for the backward pass: none, the CPU kernels allocate their own.");
+    define(module, "geglu_forward", &gate_forward<&Kernels::geglu_forward>, "h", "y", "rows", "features", "row_stride",
+           "dtype", "stream");
+    define(module, "geglu_backward", &gate_backward<&Kernels::geglu_backward>, "h", "grad_y", "grad_h", "rows",
+           "features", "row_stride", "dtype", "stream");
+    define(module, "swiglu_forward", &gate_forward<&Kernels::swiglu_forward>, "h", "y", "rows", "features",
+           "row_stride", "dtype", "stream");
+    define(module, "swiglu_backward", &gate_backward<&Kernels::swiglu_backward>, "h", "grad_y", "grad_h", "rows",
+           "features", "row_stride", "dtype", "stream");
+    define(module, "rms_norm_forward", &rms_norm_forward, "x", "weight", "y", "rstd", "rows", "features", "row_stride",
+           "eps", "dtype", "weight_dtype", "stream");
+    define(module, "rms_norm_backward", &rms_norm_backward, "grad_y", "x", "weight", "rstd", "grad_x", "grad_weight",
+           "rows", "features", "row_stride", "dtype", "weight_dtype", "stream");
 }

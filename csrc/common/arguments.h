@@ -142,4 +142,47 @@ struct LayerNormBackward {
     float *grad_shift;                 // [batch, d] or null
 };
 
+// Gated activations: h holds two halves per row, y = value * act(gate).
+struct GateForward {
+    const void *h; // [rows, 2 * features]
+    void *y;       // [rows, features]
+    int64_t rows, features;
+    int64_t row_stride; // of h; everything else is dense
+    DType dtype;
+};
+
+struct GateBackward {
+    const void *h;      // [rows, 2 * features]
+    const void *grad_y; // [rows, features]
+    void *grad_h;       // [rows, 2 * features]
+    int64_t rows, features;
+    int64_t row_stride; // of h; everything else is dense
+    DType dtype;
+};
+
+struct RmsNormForward {
+    const void *x;      // [rows, features]
+    const void *weight; // [features] or null for ones
+    void *y;            // [rows, features]
+    float *rstd;        // [rows]
+    int64_t rows, features;
+    int64_t row_stride; // of x; everything else is dense
+    double eps;
+    DType dtype;
+    DType weight_dtype; // dtype or float32
+};
+
+struct RmsNormBackward {
+    const void *grad_y; // [rows, features]
+    const void *x;      // [rows, features]
+    const void *weight; // [features] or null for ones
+    const float *rstd;  // [rows]
+    void *grad_x;       // [rows, features] or null
+    float *grad_weight; // [features] or null
+    int64_t rows, features;
+    int64_t row_stride; // of x; everything else is dense
+    DType dtype;
+    DType weight_dtype; // dtype or float32
+};
+
 } // namespace kolors_fast

@@ -22,7 +22,13 @@ const char *isa();
     KERNEL(unscale_and_filter, UnscaleAndFilter)                                                                       \
     KERNEL(unscale_grads, UnscaleGrads)                                                                                \
     KERNEL(residual_layer_norm_forward, LayerNormForward)                                                              \
-    KERNEL(residual_layer_norm_backward, LayerNormBackward)
+    KERNEL(residual_layer_norm_backward, LayerNormBackward)                                                            \
+    KERNEL(geglu_forward, GateForward)                                                                                 \
+    KERNEL(geglu_backward, GateBackward)                                                                               \
+    KERNEL(swiglu_forward, GateForward)                                                                                \
+    KERNEL(swiglu_backward, GateBackward)                                                                              \
+    KERNEL(rms_norm_forward, RmsNormForward)                                                                           \
+    KERNEL(rms_norm_backward, RmsNormBackward)
 
 #define KOLORS_FAST_DECLARE(name, Arguments) void name(const Arguments &);
 #define KOLORS_FAST_POINTER(name, Arguments) void (*name)(const Arguments &);

@@ -140,6 +140,40 @@ def residual_layer_norm(d: Draws) -> Inputs:
     }
 
 
+def rows(d: Draws, least: int = 1) -> tuple[int, ...]:
+    """[..., D] of no element or of at least 96: a root mean square over fewer is luck."""
+    features = d.size(130, least)
+    if features >= 96 and d.chance():
+        return (features,)
+    count = d.draw(st.sampled_from((0, -(-96 // features), 97)))
+    return (count, *d.sizes(d.size(2, least=0), 3), features)
+
+
+def gate(d: Draws, gate_first: bool) -> Inputs:
+    shape = rows(d)
+    # only the gate of this example's magnitude: products of two such do not fit fp16
+    halves = [d.flat(*shape), d.flat(*shape, mean=d.mean, deviation=d.deviation)]
+    return {"h": d.placed(torch.cat(halves[::-1] if gate_first else halves, dim=-1), last_dense=d.chance())}
+
+
+def geglu(d: Draws) -> Inputs:
+    return gate(d, gate_first=False)
+
+
+def swiglu(d: Draws) -> Inputs:
+    return gate(d, gate_first=True)
+
+
+def rms_norm(d: Draws) -> Inputs:
+    shape = rows(d, least=12)  # of one value the gradient is what cancellation leaves; of few, weight's is luck
+    weight = d.flat(shape[-1], mean=1.0, deviation=0.3)
+    return {
+        "x": d.tensor(*shape, last_dense=d.chance()),
+        "weight": d.draw(st.sampled_from((weight, weight.float(), None))),
+        "eps": d.draw(st.sampled_from((1e-5, 1e-6))),
+    }
+
+
 # a function above of an op's name draws its inputs
 INPUTS: dict[str, Callable[[Draws], Inputs]] = {name: globals()[name] for name in SPECS if name in globals()}
 
