@@ -132,8 +132,9 @@ KOLORS_FAST_INLINE Halves narrow(Floats value, Half) {
 }
 
 // A NaN here is the result of arithmetic, so quiet: cutting it off leaves a NaN, while rounding might carry it away.
+// The instruction takes subnormals for zero; a source that must keep them defines KOLORS_FAST_KEEP_SUBNORMALS.
 KOLORS_FAST_INLINE Halves narrow(Floats value, BFloat16) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(KOLORS_FAST_KEEP_SUBNORMALS)
     return bit_cast<Halves>(_mm512_cvtneps_pbh(bit_cast<__m512>(value)));
 #else
     const Uints bits = bit_cast<Uints>(value);

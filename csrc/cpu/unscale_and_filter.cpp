@@ -1,4 +1,6 @@
 // out = add + (x / scale, and 0 where that is not finite): fp32, rounded once.
+#define KOLORS_FAST_KEEP_SUBNORMALS // gradients may be that small
+
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"

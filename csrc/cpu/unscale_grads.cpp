@@ -2,6 +2,8 @@
 //
 // Tensors are cut into chunks of a fixed size, whose sums are merged in order: the bits do not depend on the number of
 // threads. Squares are summed in fp32 over kBlock elements and in fp64 above that.
+#define KOLORS_FAST_KEEP_SUBNORMALS // gradients may be that small
+
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"

@@ -69,7 +69,7 @@ def test_bits_are_those_of_plain_pytorch(device: str) -> None:
 
 
 def test_every_instruction_set_has_the_same_bits() -> None:
-    for isa in ("avx512", "avx2", "generic"):
+    for isa in ("avx512bf16", "avx512", "avx2", "generic"):
         environment = {**os.environ, "KOLORS_FAST_CPU_ISA": isa, "KOLORS_FAST_BACKEND": "cpu"}
         done = subprocess.run([sys.executable, __file__], env=environment, cwd=Path(sys.prefix), capture_output=True)
         error = done.stderr.decode()
