@@ -74,6 +74,30 @@ void step(const void *sample, const void *predictions, const float *weights, con
                            num_predictions, type});
 }
 
+QkNorm checked_qk_norm(const QkNormPart *parts, int count, int64_t batch, int64_t heads, int64_t head_dim, double eps,
+                       int dtype, int weight_dtype) {
+    if (count < 0 || count > kQkNormParts)
+        throw py::value_error("count must be from 0 to 6, got " + std::to_string(count));
+    if (batch < 0 || heads < 0 || head_dim < 0)
+        throw py::value_error("batch, heads and head_dim must not be negative");
+    return {
+        parts, count, batch, heads, head_dim, eps, dtype_of("dtype", dtype), dtype_of("weight_dtype", weight_dtype)};
+}
+
+void normalise(const QkNormPart *parts, int count, int64_t batch, int64_t heads, int64_t head_dim, double eps,
+               int dtype, int weight_dtype, void *) {
+    const QkNorm a = checked_qk_norm(parts, count, batch, heads, head_dim, eps, dtype, weight_dtype);
+    const py::gil_scoped_release released;
+    kernels().qk_norm_forward(a);
+}
+
+void normalise_backward(const QkNormPart *parts, void *, int count, int64_t batch, int64_t heads, int64_t head_dim,
+                        double eps, int dtype, int weight_dtype, void *) {
+    const QkNorm a = checked_qk_norm(parts, count, batch, heads, head_dim, eps, dtype, weight_dtype);
+    const py::gil_scoped_release released;
+    kernels().qk_norm_backward(a);
+}
+
 } // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -96,4 +120,11 @@ PYBIND11_MODULE(_cpu, module) {
         "Bytes of workspace: none, the CPU kernels allocate their own.");
     define(module, "guided_step", &step, "sample", "predictions", "weights", "coefficients", "row", "previous", "noise",
            "out", "denoised", "numel", "num_predictions", "dtype", "stream");
+    define(module, "qk_norm_forward", &normalise, "parts", "count", "batch", "heads", "head_dim", "eps", "dtype",
+           "weight_dtype", "stream");
+    define(module, "qk_norm_backward", &normalise_backward, "parts", "workspace", "count", "batch", "heads", "head_dim",
+           "eps", "dtype", "weight_dtype", "stream");
+    module.def(
+        "qk_norm_workspace", [](int, int64_t, int64_t, int64_t) { return 0; }, arg("count"), arg("batch"), arg("heads"),
+        arg("head_dim"), "Bytes of workspace: none, the CPU kernels allocate their own.");
 }

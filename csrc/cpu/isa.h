@@ -13,7 +13,9 @@ const char *isa();
 #define KOLORS_FAST_KERNELS(KERNEL)                                                                                    \
     KERNEL(group_norm_silu_forward, GroupNormSiluForward)                                                              \
     KERNEL(group_norm_silu_backward, GroupNormSiluBackward)                                                            \
-    KERNEL(guided_step, GuidedStep)
+    KERNEL(guided_step, GuidedStep)                                                                                    \
+    KERNEL(qk_norm_forward, QkNorm)                                                                                    \
+    KERNEL(qk_norm_backward, QkNorm)
 
 #define KOLORS_FAST_DECLARE(name, Arguments) void name(const Arguments &);
 #define KOLORS_FAST_POINTER(name, Arguments) void (*name)(const Arguments &);
