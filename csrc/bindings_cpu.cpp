@@ -125,6 +125,6 @@ PYBIND11_MODULE(_cpu, module) {
     define(module, "qk_norm_backward", &normalise_backward, "parts", "workspace", "count", "batch", "heads", "head_dim",
            "eps", "dtype", "weight_dtype", "stream");
     module.def(
-        "qk_norm_workspace", [](int, int64_t, int64_t, int64_t) { return 0; }, arg("count"), arg("batch"), arg("heads"),
-        arg("head_dim"), "Bytes of workspace: none, the CPU kernels allocate their own.");
+        "qk_norm_workspace", [](int64_t) { return 0; }, arg("head_dim"),
+        "Bytes of workspace: none, the CPU kernels allocate their own.");
 }

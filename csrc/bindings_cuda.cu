@@ -8,6 +8,7 @@
 #include "cuda/group_norm_silu.cuh"
 #include "cuda/group_norm_silu_backward.cuh"
 #include "cuda/guided_step.cuh"
+#include "cuda/qk_norm.cuh"
 
 namespace py = pybind11;
 using kolors_fast::Argument;
@@ -42,4 +43,10 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("group_norm_silu_workspace", &kolors_fast::group_norm_silu_workspace, py::arg("n"), py::arg("c_total"),
           py::arg("hw"), py::arg("groups"), py::arg("channels_last"), py::arg("backward"),
           "Bytes of workspace that a call on the current device needs; its contents do not matter.");
+    define(m, "qk_norm_forward", &kolors_fast::qk_norm_forward, "parts", "count", "batch", "heads", "head_dim", "eps",
+           "dtype", "weight_dtype", "stream");
+    define(m, "qk_norm_backward", &kolors_fast::qk_norm_backward, "parts", "workspace", "count", "batch", "heads",
+           "head_dim", "eps", "dtype", "weight_dtype", "stream");
+    m.def("qk_norm_workspace", &kolors_fast::qk_norm_workspace, py::arg("head_dim"),
+          "Bytes of workspace that a backward pass on the current device needs; its contents do not matter.");
 }

@@ -272,7 +272,7 @@ def _extension_backward(
         words.extend((_library.pointer(weight), _library.pointer(grad_weight), x.shape[1]))
     p, sizes = _library.pointer, (len(kept), q.shape[0], q.shape[2], q.shape[3])
     with guard(q):
-        size = module.qk_norm_workspace(*sizes)
+        size = module.qk_norm_workspace(q.shape[3])
         scratch = q.new_empty(size, dtype=torch.uint8) if size else None
         module.qk_norm_backward(
             words.buffer_info()[0], p(scratch), *sizes, call.eps,

@@ -31,6 +31,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "group_norm_silu_forward": [*[POINTER] * 9, *[INT64] * 5, DOUBLE, BOOL, BOOL, INT, INT, POINTER],
     "group_norm_silu_backward": [*[POINTER] * 14, *[INT64] * 5, BOOL, BOOL, INT, INT, POINTER],
     "guided_step": [*[POINTER] * 9, INT64, INT, INT, POINTER],
+    "qk_norm_forward": [POINTER, INT, *[INT64] * 3, DOUBLE, INT, INT, POINTER],
+    "qk_norm_backward": [POINTER, POINTER, INT, *[INT64] * 3, DOUBLE, INT, INT, POINTER],
 }
 
 
@@ -43,6 +45,7 @@ class Machine:
             setattr(self, name, self._launcher(name, arguments))
         workspace = ctypes.CFUNCTYPE(INT64, *[INT64] * 4, BOOL, BOOL)
         self.group_norm_silu_workspace = workspace(self._address("group_norm_silu_workspace"))
+        self.qk_norm_workspace = ctypes.CFUNCTYPE(INT64, INT64)(self._address("qk_norm_workspace"))
         self.configure(2)
 
     def configure(self, multiprocessors: int, reverse: bool = False) -> None:

@@ -2,6 +2,7 @@
 #include "cuda/group_norm_silu.cuh"
 #include "cuda/group_norm_silu_backward.cuh"
 #include "cuda/guided_step.cuh"
+#include "cuda/qk_norm.cuh"
 
 #define EXPORT(name) decltype(&kolors_fast::name) name = kolors_fast::name
 
@@ -10,6 +11,9 @@ EXPORT(group_norm_silu_forward);
 EXPORT(group_norm_silu_backward);
 EXPORT(group_norm_silu_workspace);
 EXPORT(guided_step);
+EXPORT(qk_norm_forward);
+EXPORT(qk_norm_backward);
+EXPORT(qk_norm_workspace);
 
 void configure(int multiprocessors, bool reversed) {
     simt::multiprocessors = multiprocessors;
