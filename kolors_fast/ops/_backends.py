@@ -46,9 +46,14 @@ def extension(name: str) -> ModuleType | str:
         return f"kolors_fast._{name} is not built or does not load ({error})"
 
 
-@cache
+@torch.compiler.assume_constant_result
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run on this machine at all, or None."""
+    return _unavailable(backend)
+
+
+@cache
+def _unavailable(backend: str) -> str | None:
     if backend in ("cpu", "cuda"):
         found = extension(backend)
         if isinstance(found, str):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+AddedFields = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 
 class AddedStream(NamedTuple):
     """The second stream of a joint attention: the text of an MM-DiT. Its tokens come after those of the first.
@@ -48,7 +50,7 @@ def check(
             length = {"k": "S", "added.q": "L2", "added.k": "S2"}[name]
             expected = f"[{batch}, {length}, {heads}, {head_dim}]"
             raise ValueError(f"{op}: {name}: expected {expected}, got {list(x.shape)}")
-        _check_like(op, name, x, q, q.dtype)
+        check_like(op, name, x, q, q.dtype)
     if added is not None and (added.v is None) != (v is None):
         raise ValueError(f"{op}: added.v: expected a tensor if, and only if, v is one, got {added.v} beside {v}")
     values = [("v", v, k)] if added is None else [("v", v, k), ("added.v", added.v, added.k)]
@@ -56,7 +58,7 @@ def check(
         if x is not None:
             if x.shape != like.shape:
                 raise ValueError(f"{op}: {name}: expected {list(like.shape)}, got {list(x.shape)}")
-            _check_like(op, name, x, q, q.dtype)
+            check_like(op, name, x, q, q.dtype)
     weights = {"q_weight": q_weight, "k_weight": k_weight}
     if added is not None:
         weights |= {"added.q_weight": added.q_weight, "added.k_weight": added.k_weight}
@@ -66,16 +68,23 @@ def check(
         if weight is not None:
             if weight.shape != (head_dim,):
                 raise ValueError(f"{op}: {name}: expected [{head_dim}], got {list(weight.shape)}")
-            _check_like(op, name, weight, q, wanted)
+            check_like(op, name, weight, q, wanted)
     if not eps >= 0:
         raise ValueError(f"{op}: eps: expected a number >= 0, got {eps}")
 
 
-def _check_like(op: str, name: str, x: Tensor, q: Tensor, dtype: torch.dtype) -> None:
+def check_like(op: str, name: str, x: Tensor, q: Tensor, dtype: torch.dtype) -> None:
     if x.dtype != dtype:
         raise TypeError(f"{op}: {name}: expected {dtype}, got {x.dtype}")
     if x.device != q.device:
         raise ValueError(f"{op}: {name}: expected a tensor on {q.device}, got {x.device}")
+
+
+def fields(added: AddedStream | None) -> AddedFields:
+    """q, k, v and weights of the second stream, as the ops' calls hold them; without queries it needs no q_weight."""
+    if added is None:
+        return None, None, None, None, None
+    return added.q, added.k, added.v, None if added.q is None else added.q_weight, added.k_weight
 
 
 def rows_in_place(x: Tensor | None) -> Tensor | None:

@@ -87,16 +87,39 @@ def qk_norm(
     Source: Zhang & Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467; normalised queries and keys:
     Henry et al., arXiv 2010.04245; two streams of one attention: Esser et al., arXiv 2403.03206.
     """
-    call = _prepare(q, k, v, q_weight=q_weight, k_weight=k_weight, added=added, eps=eps)
-    writes_q = call.q_weight is not None or call.added_q is not None
+    second = None if added is None else AddedStream(*added)
+    _streams.check("qk_norm", q, k, v, q_weight, k_weight, second, eps)
+    return pack(q, k, v, q_weight, k_weight, *_streams.fields(second), eps)
+
+
+def pack(
+    q: Tensor, k: Tensor, v: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None,
+    added_q: Tensor | None, added_k: Tensor | None, added_v: Tensor | None,
+    added_q_weight: Tensor | None, added_k_weight: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """`qk_norm` of checked arguments."""
+    call = _call(
+        q, k, v, q_weight, k_weight, added_q, added_k, added_v, added_q_weight, added_k_weight, eps
+    )  # fmt: skip
+    writes_q = q_weight is not None or added_q is not None
     if not writes_q and call.k is None:
         return q, k, v
     joint_q, joint_k, joint_v = _operator(call)
-    return (
-        joint_q if writes_q else q,
-        k if call.k is None else joint_k,
-        v if call.v is None else joint_v,
-    )
+    return joint_q if writes_q else q, k if call.k is None else joint_k, v if call.v is None else joint_v
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor | None, q_weight: Tensor | None, k_weight: Tensor | None,
+    added_q: Tensor | None, added_k: Tensor | None, added_v: Tensor | None,
+    added_q_weight: Tensor | None, added_k_weight: Tensor | None, eps: float,
+) -> Call:  # fmt: skip
+    """Leave out what passes through."""
+    if q_weight is None and added_q is None:
+        q = q.detach()  # it is there for its dtype; its gradient does not come through the op
+    return Call(
+        q, None if k_weight is None and added_k is None else k, None if added_v is None else v, q_weight, k_weight,
+        added_q, added_k, added_v, added_q_weight, added_k_weight, float(eps),
+    )  # fmt: skip
 
 
 def _prepare(
@@ -109,17 +132,10 @@ def _prepare(
     added: AddedStream | tuple[Any, ...] | None = None,
     eps: float = 1e-6,
 ) -> Call:
-    """Check the public arguments, and leave out what passes through."""
-    added = None if added is None else AddedStream(*added)
-    _streams.check("qk_norm", q, k, v, q_weight, k_weight, added, eps)
-    if added is None:
-        kept_q = q.detach() if q_weight is None else q  # a gradient for what passes through comes to it directly
-        return Call(
-            kept_q, None if k_weight is None else k, None, q_weight, k_weight, None, None, None, None, None, float(eps)
-        )
-    kept_q = q.detach() if q_weight is None and added.q is None else q
-    added_q_weight = None if added.q is None else added.q_weight
-    return Call(kept_q, k, v, q_weight, k_weight, *added[:3], added_q_weight, added.k_weight, float(eps))
+    """Check the public arguments."""
+    second = None if added is None else AddedStream(*added)
+    _streams.check("qk_norm", q, k, v, q_weight, k_weight, second, eps)
+    return _call(q, k, v, q_weight, k_weight, *_streams.fields(second), eps)
 
 
 _ROLES = ((0, 3, 5, 8), (1, 4, 6, 9), (2, -1, 7, -1))  # of q, k, v: fields of x, its weight, the added x, its weight
