@@ -6,8 +6,7 @@
     grad_x      = rstd * (g - x * rstd^2 * mean(g * x)),   g = grad_y * weight
     grad_weight = sum over all rows of grad_y * x * rstd
 
-A tile is as many whole rows as give every thread two 16-byte accesses; without a weight it is copied. x, y and the
-gradients have strides of their own, so that views of a fused projection are read, and joint tensors written, in place.
+A tile is as many whole rows as give every thread two 16-byte accesses. x, y and the gradients have strides of their own, so that views of a fused projection are read, and joint tensors written, in place.
 Everything is fp32 and rounded once at the store. The sum over rows is split over a fixed number of programs and
 added in their order: the same input gives the same bits.
 
@@ -80,12 +79,10 @@ def _forward_kernel(
     inside = (row < rows)[:, None] & (column < HEAD)[None, :]
     source = _offsets(row, tokens, heads, x_batch, x_token, x_head, VECTOR)
     target = _offsets(row, tokens, heads, y_batch, y_token, y_head, VECTOR)
-    y = tl.load(x_ptr + (source[:, None] + column[None, :]), mask=inside, other=0.0)
-    if weight_ptr is not None:
-        x = y.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(x * x, 1) * (1.0 / HEAD) + eps)
-        weight = tl.load(weight_ptr + column, mask=column < HEAD, other=0.0).to(tl.float32)
-        y = x * rstd[:, None] * weight[None, :]
+    x = tl.load(x_ptr + (source[:, None] + column[None, :]), mask=inside, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) * (1.0 / HEAD) + eps)
+    weight = tl.load(weight_ptr + column, mask=column < HEAD, other=0.0).to(tl.float32)
+    y = x * rstd[:, None] * weight[None, :]
     tl.store(y_ptr + (target[:, None] + column[None, :]), y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -135,7 +132,7 @@ def _configure(*tensors: Tensor | None) -> Config:
 
 def forward(
     x: Tensor,  # [B, tokens, H, D], any strides with D contiguous
-    weight: Tensor | None,  # [D], in the dtype of x or fp32; None: copied
+    weight: Tensor,  # [D], in the dtype of x or fp32
     y: Tensor,  # [B, tokens, H, D]: where it goes
     eps: float,
 ) -> None:
@@ -154,7 +151,7 @@ def forward(
 
 def backward(
     x: Tensor,  # [B, tokens, H, D]
-    weight: Tensor | None,  # [D]; None: the gradient is copied
+    weight: Tensor,  # [D]
     grad: Tensor,  # [B, tokens, H, D], any strides with D contiguous
     eps: float,
     need_x: bool,
@@ -162,10 +159,6 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(grad_x in x's dtype, grad_weight fp32 [D]), None where one is not needed."""
     grad_x = torch.empty_like(x) if need_x else None
-    if weight is None:
-        if grad_x is not None:
-            forward(grad, None, grad_x, eps)
-        return grad_x, None
     batch, tokens, heads, head_dim = x.shape
     rows = batch * tokens * heads
     if rows == 0:

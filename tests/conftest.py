@@ -28,8 +28,28 @@ def _round_as_gpus_do() -> None:
     interpreter._convert_float = rounded
 
 
+def _multiply_bf16() -> None:
+    """Triton's interpreter multiplies matrices of bf16 as the integers that it keeps them in."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def wide(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self: object, a: object, b: object, *rest: object) -> object:
+        return create_dot(self, wide(a), wide(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_as_gpus_do()
+    _multiply_bf16()
 
 # .ci/sanitize tests another build of the CPU kernels
 if path := os.environ.get("KOLORS_FAST_TEST_EXTENSION"):

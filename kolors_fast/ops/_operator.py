@@ -30,7 +30,8 @@ class Operator:
             None, per tensor of the call; a gradient that did not arrive is None in `grads`.
         dense: a call -> the same call on tensors as the kernels read them.
         fake: a call -> what `forward` returns, uninitialised.
-        outputs: how many results of `forward` are the op's, the rest being for the backward pass.
+        outputs: how many results of `forward` are the op's; `saved` more follow, for the backward pass.
+        reads_outputs: whether `backward` reads the outputs too; they then come first in what it gets as saved.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class Operator:
         fake: Callable[[Any], tuple[Tensor | None, ...]],
         outputs: int = 1,
         saved: int = 0,
+        reads_outputs: bool = False,
     ) -> None:
         self.name, self.call, self.columns, self.dense, self.fake = name, call, columns, dense, fake
         self.outputs, self.saved = outputs, saved
+        self.first_kept = 0 if reads_outputs else outputs
         fields = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in _annotations(call).items()]
         self.tensors = sum(field.startswith("Tensor") for field in fields)
         results = ", ".join(["Tensor"] * (outputs + saved))
@@ -56,7 +59,7 @@ class Operator:
 
     def _define_backward(self, fields: list[str]) -> None:
         grads = [f"Tensor? grad_{i}" for i in range(self.outputs)]
-        kept = [f"Tensor saved_{i}" for i in range(self.saved)]
+        kept = [f"Tensor saved_{i}" for i in range(self.outputs + self.saved - self.first_kept)]
         results = ", ".join(["Tensor"] * self.tensors)
         schema = f"{self.name}_backward({', '.join([*fields, *grads, *kept])}, bool[] needs) -> ({results})"
         self.backward_op = _library.define(schema, self._backward, self._backward_fake)
@@ -136,7 +139,7 @@ class Operator:
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: self.tensors], *output[self.outputs :])
+        ctx.save_for_backward(*inputs[: self.tensors], *output[self.first_kept :])
         ctx.numbers = inputs[self.tensors :]
 
     def _autograd_backward(self, ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:

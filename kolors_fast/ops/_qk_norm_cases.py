@@ -29,7 +29,7 @@ def stream_inputs(
     """q, k, v, weights and the added stream.
 
     weights: "like" q, "float32" whatever q is, or "none"; added: its queries (0: none wanted) and keys; fused: q, k, v
-    are views of one projection's output; offset: q begins one element after its storage.
+    are views of one projection's output; offset: q and k begin one element after their storages.
     """
 
     def normal(*shape: int) -> Tensor:
@@ -48,8 +48,7 @@ def stream_inputs(
         projected = torch.cat([q.flatten(2), k.flatten(2), normal(*k.flatten(2).shape)], dim=2)
         q, k, v = projected.view(batch, queries, 3, heads, head_dim).unbind(2)
     if offset:
-        storage = torch.zeros(q.numel() + 1, dtype=torch.float64)
-        q = storage[1:].view(q.shape).copy_(q)
+        q, k = (torch.zeros(x.numel() + 1, dtype=torch.float64)[1:].view(x.shape).copy_(x) for x in (q, k))
     inputs: Inputs = {"q": q, "k": k, "v": v, "q_weight": weight(), "k_weight": weight()}
     if added is not None:
         own = [rows(added[0]) if added[0] else None, rows(added[1]), rows(added[1]) if values else None]

@@ -186,7 +186,7 @@ def _reference_backward(
     found: list[Tensor | None] = [None] * len(needs)
     for part, grad in _with_gradient(call, grads, needs, found):
         if part.weight is None:
-            found[part.field] = grad.clone()
+            found[part.field] = torch.empty_like(part.x).copy_(grad)
             continue
         h = part.x.to(torch.promote_types(part.x.dtype, torch.float32))
         g = grad.to(h.dtype)
@@ -305,8 +305,12 @@ def _triton_forward(call: Call) -> Outputs:
 
     outputs = _fake(call)
     for x, weight, output, start, *_ in _parts(call):
-        y: Any = outputs[output]
-        kernel.forward(x, weight, y[:, start : start + x.shape[1]], call.eps)
+        joint: Any = outputs[output]
+        y = joint[:, start : start + x.shape[1]]
+        if weight is None:
+            y.copy_(x)
+        else:
+            kernel.forward(x, weight, y, call.eps)
     return outputs
 
 
@@ -317,13 +321,13 @@ def _triton_backward(
 
     found: list[Tensor | None] = [None] * len(needs)
     for part, grad in _with_gradient(call, grads, needs, found):
-        need_weight = part.weight is not None and needs[part.weight_field]
-        grad_x, grad_weight = kernel.backward(
-            part.x, part.weight, _streams.rows_in_place(grad), call.eps, needs[part.field], need_weight
-        )
-        found[part.field] = grad_x
-        if need_weight:
-            found[part.weight_field] = grad_weight
+        if part.weight is None:
+            found[part.field] = torch.empty_like(part.x).copy_(grad)
+        else:
+            found[part.field], found[part.weight_field] = kernel.backward(
+                part.x, part.weight, _streams.rows_in_place(grad), call.eps,
+                needs[part.field], needs[part.weight_field],
+            )  # fmt: skip
     return tuple(found)
 
 

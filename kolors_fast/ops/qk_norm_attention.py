@@ -202,7 +202,7 @@ def _backward_of(function: Callable[[Call], tuple[Tensor, Tensor | None]]) -> Ca
     """Gradients by running the forward again, under autograd."""
 
     def backward(
-        call: Call, grads: tuple[Tensor | None, ...], saved: tuple[Tensor], needs: list[bool]
+        call: Call, grads: tuple[Tensor | None, ...], saved: tuple[Tensor, ...], needs: list[bool]
     ) -> tuple[Tensor | None, ...]:
         tensors = call[: len(needs)]
         with torch.enable_grad():
@@ -228,11 +228,14 @@ def _triton_forward(call: Call) -> Outputs:
 
 
 def _triton_backward(
-    call: Call, grads: tuple[Tensor | None, Tensor | None], saved: tuple[Tensor], needs: list[bool]
+    call: Call, grads: tuple[Tensor | None, Tensor | None], saved: tuple[Tensor, Tensor, Tensor], needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
     from kolors_fast.kernels import qk_norm_attention_backward as kernel
 
-    found: tuple[Tensor | None, ...] = kernel.backward(*grads, *call, *saved, tuple(needs))
+    out, added_out, lse = saved
+    found: tuple[Tensor | None, ...] = kernel.backward(
+        *grads, *call, out, None if call.added_q is None else added_out, lse, needs
+    )
     return found
 
 
@@ -270,7 +273,7 @@ def _fake(call: Call) -> Outputs:
     return call.q.new_empty(call.q.shape), added_out, call.q.new_empty(_lse_shape(call), dtype=torch.float32)
 
 
-_operator = Operator("qk_norm_attention", Call, COLUMNS, dense=_dense, fake=_fake, outputs=2, saved=1)
+_operator = Operator("qk_norm_attention", Call, COLUMNS, dense=_dense, fake=_fake, outputs=2, saved=1, reads_outputs=True)
 
 
 # ---- what tests, benchmarks and explain() are made from
