@@ -6,7 +6,8 @@
     grad_x      = rstd * (g - x * rstd^2 * mean(g * x)),   g = grad_y * weight
     grad_weight = sum over all rows of grad_y * x * rstd
 
-A tile is as many whole rows as give every thread two 16-byte accesses. x, y and the gradients have strides of their own, so that views of a fused projection are read, and joint tensors written, in place.
+A tile is as many whole rows as give every thread two 16-byte accesses. x, y and the gradients have strides of their
+own, so that views of a fused projection are read, and joint tensors written, in place.
 Everything is fp32 and rounded once at the store. The sum over rows is split over a fixed number of programs and
 added in their order: the same input gives the same bits.
 
@@ -45,7 +46,7 @@ class Config:
 
 @cache
 def configure(head_dim: int, itemsize: int, aligned: bool) -> Config:
-    """Config for rows of head_dim elements; aligned: whether all tensors start, and stride, at multiples of 16 bytes."""
+    """Config for rows of head_dim elements; aligned: whether every row starts at a multiple of 16 bytes."""
     vector = 16 // itemsize if aligned and head_dim * itemsize % 16 == 0 else 1
     block_d = 1 << (head_dim - 1).bit_length()
     # elements that are loaded one by one need registers for an address each
@@ -124,7 +125,7 @@ def _configure(*tensors: Tensor | None) -> Config:
     assert x is not None
     itemsize = x.element_size()
     aligned = all(
-        t is None or t.data_ptr() % 16 == 0 and all(stride * itemsize % 16 == 0 for stride in t.stride()[:3])
+        t is None or (t.data_ptr() % 16 == 0 and all(stride * itemsize % 16 == 0 for stride in t.stride()[:3]))
         for t in tensors
     )
     return configure(x.shape[3], itemsize, aligned)

@@ -77,7 +77,7 @@ template <int V> __device__ __forceinline__ void read_weight(const float *shared
 }
 
 // This thread's packs of a row, zeros where it has none; the first element of pack p is column(p).
-template <typename T, int V, int P> struct RowPacks {
+template <int P, typename T, int V> struct RowPacks {
     Pack<T, V> packs[P];
 
     static __device__ __forceinline__ unsigned column(int p, int lanes) {
@@ -125,7 +125,7 @@ template <typename T, int V, int P> __global__ void __launch_bounds__(kQkNormThr
     const unsigned row = (blockIdx.x - a.first_block[part]) * rows_of_block + threadIdx.x / a.lanes;
     const bool inside = row < a.rows(part);
     const QkNormRow at(a, static_cast<unsigned>(call.tokens), inside ? row : 0);
-    RowPacks<T, V, P> x;
+    RowPacks<P, T, V> x;
     x.read(at.in<const T>(call.x), a, inside);
     T *const y = at.in<T>(call.y);
     if (!call.weight) {
@@ -162,7 +162,7 @@ template <typename T, int V, int P> __global__ void __launch_bounds__(kQkNormThr
         const unsigned row = first + threadIdx.x / a.lanes;
         const bool inside = row < rows;
         const QkNormRow at(a, static_cast<unsigned>(call.tokens), inside ? row : 0);
-        RowPacks<T, V, P> x, grad;
+        RowPacks<P, T, V> x, grad;
         grad.read(at.in<const T>(call.grad), a, inside);
         T *const grad_x = call.y.data ? at.in<T>(call.y) : nullptr;
         if (!call.weight) {
@@ -206,7 +206,7 @@ template <typename T, int V, int P> __global__ void __launch_bounds__(kQkNormThr
     float *const rows_sums = shared + (a.head_dim + 3) / 4 * 4;
 #pragma unroll
     for (int p = 0; p < P; ++p) {
-        const unsigned column = RowPacks<T, V, P>::column(p, a.lanes);
+        const unsigned column = RowPacks<P, T, V>::column(p, a.lanes);
         if (column < a.head_dim) {
 #pragma unroll
             for (int j = 0; j < V; ++j)
@@ -325,7 +325,7 @@ inline cudaError_t qk_norm_forward(const QkNormPart *parts, int count, int64_t b
     if (blocks == 0)
         return cudaSuccess;
     return qk_norm_dispatch(call.dtype, vector, static_cast<int>(head_dim), [&](auto element, auto width, auto packs) {
-        auto kernel = qk_norm_forward_kernel<decltype(element), decltype(width)::value, decltype(packs)::value>;
+        auto kernel = qk_norm_forward_kernel<decltype(packs)::value, decltype(element), decltype(width)::value>;
         KF_LAUNCH(kernel, dim3(blocks), dim3(kQkNormThreads), a.head_dim * sizeof(float), stream, a);
         return cudaGetLastError();
     });
@@ -375,7 +375,7 @@ inline cudaError_t qk_norm_backward(const QkNormPart *parts, void *workspace, in
     const size_t smem = ((head_dim + 3) / 4 * 4 + rows_of_block * head_dim) * sizeof(float);
     const cudaError_t error =
         qk_norm_dispatch(call.dtype, vector, static_cast<int>(head_dim), [&](auto element, auto width, auto packs) {
-            auto kernel = qk_norm_backward_kernel<decltype(element), decltype(width)::value, decltype(packs)::value>;
+            auto kernel = qk_norm_backward_kernel<decltype(packs)::value, decltype(element), decltype(width)::value>;
             KF_LAUNCH(kernel, dim3(blocks), dim3(kQkNormThreads), smem, stream, a);
             return cudaGetLastError();
         });

@@ -107,7 +107,9 @@ def _sdpa_declines(request: Request) -> str | None:
         return None if _flash_in_torch() else "torch was built without flash attention"
     if request.head_dim % (8 if half else 4) == 0:
         return None
-    return f"would write out the L x S matrix: torch has no fused kernel for {request.dtype} heads of {request.head_dim}"
+    return (
+        f"would write out the L x S matrix: torch has no fused kernel for {request.dtype} heads of {request.head_dim}"
+    )
 
 
 @torch.compiler.assume_constant_result

@@ -1,4 +1,4 @@
-"""Inputs of `qk_norm`, on which those of `qk_norm_attention` are built: models' shapes, and small ones that break kernels."""
+"""Inputs of `qk_norm` and `qk_norm_attention`: shapes of models, and small ones that break kernels."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ CASES = (
 def attention_inputs(
     generator: torch.Generator, *shape: int, bias: float | None = None, scale: float | None = None, **options: Any
 ) -> Inputs:
-    """Streams with, if `bias` is one, a key_bias: zero for some keys of a sample, for the others `bias` (nan: random)."""
+    """Streams, and with `bias` a key_bias: that value for some keys of each sample, zero for others (nan: random)."""
     inputs = stream_inputs(generator, *shape, **options)
     keys = inputs["k"].shape[1] + (inputs["added"][1].shape[1] if "added" in inputs else 0)
     if bias is not None:
@@ -121,22 +121,20 @@ def _attention_holds_nan(generator: torch.Generator) -> Inputs:
 ATTENTION_CASES = (
     _attention_case("plain", 2, 5, 2, 16, keys=7),
     _attention_case("seam", 2, 5, 2, 16, added=(3, 3), bias=-10000.0),  # two streams, all weights
-    _attention_case("no_weights", 2, 5, 2, 16, keys=9, weights="none"),
-    _attention_case("no_weights_added", 1, 5, 2, 16, added=(3, 3), weights="none"),
+    _attention_case("no_weights", 1, 5, 2, 16, added=(3, 3), weights="none"),
     _attention_case("added_without_queries", 2, 3, 2, 16, keys=4, added=(0, 5)),
-    _attention_case("key_bias", 2, 5, 2, 16, keys=7, bias=float("nan")),
-    _attention_case("key_bias_masks", 2, 5, 2, 16, keys=7, weights="none", bias=float("-inf")),
+    _attention_case("key_bias", 2, 5, 2, 16, keys=7, bias=float("nan"), scale=0.7),
+    _attention_case("key_bias_masks", 2, 5, 1, 16, keys=7, weights="none", bias=float("-inf")),
     _attention_case("added_key_bias_masks", 2, 3, 2, 16, keys=40, added=(2, 35), bias=float("-inf")),
     _attention_case("head_dim_72", 1, 5, 1, 72, added=(2, 2)),
     _attention_case("head_dim_128", 1, 5, 1, 128),
     _attention_case("head_dim_odd", 2, 7, 3, 10, added=(3, 3)),
     _attention_case("one_query", 1, 1, 2, 16, keys=33),
-    _attention_case("one_key", 2, 5, 2, 16, keys=1),
+    _attention_case("one_key", 2, 5, 1, 16, keys=1),
     _attention_case("prime", 1, 37, 1, 16, keys=41),
     _attention_case("batch_0", 0, 3, 2, 16, added=(2, 2)),
     _attention_case("fused", 2, 5, 2, 16, fused=True, added=(3, 3)),
     _attention_case("fp32_weights", 2, 5, 2, 16, weights="float32"),
-    _attention_case("scaled", 1, 5, 2, 16, scale=0.7),
     _attention_case("huge", 1, 5, 2, 16, magnitude=1e3),
     _attention_case("tiny", 1, 5, 2, 16, magnitude=1e-3),
     _attention_case("offset_view", 2, 3, 2, 16, offset=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +87,15 @@ def fields(added: AddedStream | None) -> AddedFields:
     return added.q, added.k, added.v, None if added.q is None else added.q_weight, added.k_weight
 
 
-def rows_in_place(x: Tensor | None) -> Tensor | None:
+def dense(call: Any) -> Any:
+    """The same call with contiguous rows and vectors; other strides of the rows are read in place."""
+    return type(call)(*(_dense(x) if isinstance(x, Tensor) else x for x in call))
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous() if x.dim() != 4 else rows_in_place(x)
+
+
+def rows_in_place(x: Tensor) -> Tensor:
     """x itself where each head's row is contiguous, as in a view of a fused projection; else a copy."""
-    return x if x is None or x.shape[3] == 1 or x.stride(3) == 1 else x.contiguous()
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()

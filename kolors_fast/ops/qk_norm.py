@@ -143,15 +143,14 @@ _ROLES = ((0, 3, 5, 8), (1, 4, 6, 9), (2, -1, 7, -1))  # of q, k, v: fields of x
 
 def _parts(call: Call) -> list[Part]:
     """What is written, and where."""
+    fields: Any = call
     parts = []
     for output, (own, own_weight, added, added_weight) in enumerate(_ROLES):
-        if call[own] is None or (output == 0 and call.q_weight is None and call.added_q is None):
+        if fields[own] is None or (output == 0 and call.q_weight is None and call.added_q is None):
             continue
-        weight = None if own_weight < 0 else call[own_weight]
-        parts.append(Part(call[own], weight, output, 0, own, own_weight))
-        if call[added] is not None:
-            weight = None if added_weight < 0 else call[added_weight]
-            parts.append(Part(call[added], weight, output, call[own].shape[1], added, added_weight))
+        for field, weight, start in ((own, own_weight, 0), (added, added_weight, fields[own].shape[1])):
+            if fields[field] is not None:
+                parts.append(Part(fields[field], None if weight < 0 else fields[weight], output, start, field, weight))
     return parts
 
 
@@ -179,9 +178,7 @@ def normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * weight.to(h.dtype)).to(x.dtype)
 
 
-def _reference_backward(
-    call: Call, grads: Outputs, saved: tuple[()], needs: list[bool]
-) -> tuple[Tensor | None, ...]:
+def _reference_backward(call: Call, grads: Outputs, saved: tuple[()], needs: list[bool]) -> tuple[Tensor | None, ...]:
     """With x_hat = x*rstd: grad_x = rstd * (g*w - x_hat * mean(g*w*x_hat)), grad_weight = sum of g*x_hat."""
     found: list[Tensor | None] = [None] * len(needs)
     for part, grad in _with_gradient(call, grads, needs, found):
@@ -249,18 +246,18 @@ def _eager(
 
 def _extension_forward(name: str, call: Call) -> Outputs:
     module: Any = _backends.extension(name)
-    outputs, words, count, weight_dtype = _fake(call), array("q"), 0, torch.float32
-    for x, weight, output, start, *_ in _parts(call):
+    parts, words, weight_dtype = _parts(call), array("q"), torch.float32
+    outputs = _outputs(call, parts)
+    for x, weight, output, start, *_ in parts:
         y: Any = outputs[output]
         words.extend((x.data_ptr(), *x.stride()[:3]))
         words.extend((y.data_ptr() + start * y.stride(1) * y.element_size(), *y.stride()[:3]))
         words.extend((0, 0, 0, 0, _library.pointer(weight), 0, x.shape[1]))
         weight_dtype = weight_dtype if weight is None else weight.dtype
-        count += 1
     q = call.q
     with guard(q):
         module.qk_norm_forward(
-            words.buffer_info()[0], count, q.shape[0], q.shape[2], q.shape[3], call.eps,
+            words.buffer_info()[0], len(parts), q.shape[0], q.shape[2], q.shape[3], call.eps,
             _library.DTYPE_CODE[q.dtype], _library.DTYPE_CODE[weight_dtype], _library.stream(q),
         )  # fmt: skip
     return outputs
@@ -274,7 +271,7 @@ def _extension_backward(
     q, words, kept, weight_dtype = call.q, array("q"), [], torch.float32
     for part, grad in _with_gradient(call, grads, needs, found):
         x, weight = part.x, part.weight
-        kept.append(grad := _streams.rows_in_place(grad))  # type: ignore[arg-type]  # until the kernel has read it
+        kept.append(grad := _streams.rows_in_place(grad))  # until the kernel has read it
         grad_x = torch.empty_like(x) if needs[part.field] else None
         grad_weight = None
         if weight is not None:
@@ -284,7 +281,7 @@ def _extension_backward(
         found[part.field] = grad_x
         words.extend((x.data_ptr(), *x.stride()[:3]))
         words.extend((0, 0, 0, 0) if grad_x is None else (grad_x.data_ptr(), *grad_x.stride()[:3]))
-        words.extend((grad.data_ptr(), *grad.stride()[:3]))  # type: ignore[union-attr]
+        words.extend((grad.data_ptr(), *grad.stride()[:3]))
         words.extend((_library.pointer(weight), _library.pointer(grad_weight), x.shape[1]))
     p, sizes = _library.pointer, (len(kept), q.shape[0], q.shape[2], q.shape[3])
     with guard(q):
@@ -303,8 +300,9 @@ def _extension_backward(
 def _triton_forward(call: Call) -> Outputs:
     from kolors_fast.kernels import qk_norm as kernel  # triton is imported at first use
 
-    outputs = _fake(call)
-    for x, weight, output, start, *_ in _parts(call):
+    parts = _parts(call)
+    outputs = _outputs(call, parts)
+    for x, weight, output, start, *_ in parts:
         joint: Any = outputs[output]
         y = joint[:, start : start + x.shape[1]]
         if weight is None:
@@ -314,9 +312,7 @@ def _triton_forward(call: Call) -> Outputs:
     return outputs
 
 
-def _triton_backward(
-    call: Call, grads: Outputs, saved: tuple[()], needs: list[bool]
-) -> tuple[Tensor | None, ...]:
+def _triton_backward(call: Call, grads: Outputs, saved: tuple[()], needs: list[bool]) -> tuple[Tensor | None, ...]:
     from kolors_fast.kernels import qk_norm as kernel
 
     found: list[Tensor | None] = [None] * len(needs)
@@ -342,25 +338,21 @@ COLUMNS = {
 # ---- from a call to a launcher
 
 
-def _dense(call: Call) -> Call:
-    """The same call with contiguous rows: other strides are read in place."""
-    q, k, v, q_weight, k_weight, added_q, added_k, added_v, added_q_weight, added_k_weight, eps = call
-    rows = [_streams.rows_in_place(x) for x in (q, k, v, added_q, added_k, added_v)]
-    weights = [w if w is None else w.contiguous() for w in (q_weight, k_weight, added_q_weight, added_k_weight)]
-    return Call(*rows[:3], *weights[:2], *rows[3:], *weights[2:], eps)  # type: ignore[arg-type]
-
-
 def _fake(call: Call) -> Outputs:
     """Joint q, k and v; None for one that passes through."""
+    return _outputs(call, _parts(call))
+
+
+def _outputs(call: Call, parts: list[Part]) -> Outputs:
     batch, _, heads, head_dim = call.q.shape
     tokens: list[int | None] = [None, None, None]
-    for part in _parts(call):
-        tokens[part.output] = (tokens[part.output] or 0) + part.x.shape[1]
+    for part in parts:
+        tokens[part.output] = part.start + part.x.shape[1]  # the last part of an output ends it
     q, k, v = (None if n is None else call.q.new_empty((batch, n, heads, head_dim)) for n in tokens)
     return q, k, v
 
 
-_operator = Operator("qk_norm", Call, COLUMNS, dense=_dense, fake=_fake, outputs=3)
+_operator = Operator("qk_norm", Call, COLUMNS, dense=_streams.dense, fake=_fake, outputs=3)
 
 
 # ---- what tests, benchmarks and explain() are made from

@@ -2,8 +2,8 @@
 
 Two ways lead to the result, and the backend says which:
 
-- `cpu` and `cuda` pack with `qk_norm` and hand over to the best attention at hand (`_attention`). These are two ops, each
-  with its own gradient: the calls are composed in the public function, in eager and under tracing alike, so that
+- `cpu` and `cuda` pack with `qk_norm` and hand over to the best attention at hand (`_attention`). These are two ops,
+  each with its own gradient: the public function composes them, in eager and under tracing alike, so that
   torch.compile sees torch's own attention. As columns they exist for whoever calls the registered op itself; there
   the backward pass runs the forward again.
 - `triton` is one flash-attention kernel that normalises what it loads, and `reference` is the definition: these
@@ -86,8 +86,8 @@ def qk_norm_attention(
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit, named with expected and got.
 
-    Source: Vaswani et al., arXiv 1706.03762; normalised queries and keys: Henry et al., arXiv 2010.04245; two streams of
-    one attention: Esser et al., arXiv 2403.03206.
+    Source: Vaswani et al., arXiv 1706.03762; normalised queries and keys: Henry et al., arXiv 2010.04245; two streams
+    of one attention: Esser et al., arXiv 2403.03206.
     """
     call = _prepare(
         q, k, v, q_weight=q_weight, k_weight=k_weight, added=added, eps=eps, scale=scale, key_bias=key_bias
@@ -137,16 +137,14 @@ def reference(*args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor | Non
 
 
 def _reference(call: Call) -> tuple[Tensor, Tensor | None]:
-    wide = torch.promote_types(call.q.dtype, torch.float32)
-    streams = [
-        [normalised(call.q, call.q_weight, call.eps), call.added_q, call.added_q_weight],
-        [normalised(call.k, call.k_weight, call.eps), call.added_k, call.added_k_weight],
-        [call.v, call.added_v, None],
-    ]
-    q, k, v = (
-        (x if added is None else torch.cat([x, normalised(added, weight, call.eps)], dim=1)).to(wide)
-        for x, added, weight in streams
-    )
+    def joint(x: Tensor, weight: Tensor | None, added: Tensor | None, added_weight: Tensor | None) -> Tensor:
+        x = normalised(x, weight, call.eps)
+        x = x if added is None else torch.cat([x, normalised(added, added_weight, call.eps)], dim=1)
+        return x.to(torch.promote_types(x.dtype, torch.float32))
+
+    q = joint(call.q, call.q_weight, call.added_q, call.added_q_weight)
+    k = joint(call.k, call.k_weight, call.added_k, call.added_k_weight)
+    v = joint(call.v, None, call.added_v, None)
     logits = torch.einsum("blhd,bshd->bhls", q, k) * call.scale
     if call.key_bias is not None:
         logits = logits + call.key_bias[:, None, None]
@@ -174,9 +172,9 @@ def _eager(
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     """RMSNorm, a concat per tensor, and torch's attention, as model code writes it."""
     queries = q.shape[1]
-    q, k, v = _eager_pack(q, k, v, q_weight=q_weight, k_weight=k_weight, added=added, eps=eps)
+    packed: Any = _eager_pack(q, k, v, q_weight=q_weight, k_weight=k_weight, added=added, eps=eps)
     mask = None if key_bias is None else key_bias[:, None, None].to(q.dtype)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in packed)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
     if added is None:
         return out
@@ -204,18 +202,26 @@ def _backward_of(function: Callable[[Call], tuple[Tensor, Tensor | None]]) -> Ca
     def backward(
         call: Call, grads: tuple[Tensor | None, ...], saved: tuple[Tensor, ...], needs: list[bool]
     ) -> tuple[Tensor | None, ...]:
-        tensors = call[: len(needs)]
+        fields: list[Any] = list(call)
         with torch.enable_grad():
-            leaves = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(tensors, needs, strict=True)]
-            results = function(Call(*leaves, *call[len(needs) :]))
-        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if leaf is not None and need]
+            for i, need in enumerate(needs):
+                fields[i] = None if fields[i] is None else fields[i].detach().requires_grad_(need)
+            results = function(Call(*fields))
+        wanted = [i for i, need in enumerate(needs) if need and fields[i] is not None]
         given = [(y, grad) for y, grad in zip(results, grads, strict=True) if y is not None and grad is not None]
-        found = iter(
+        found: list[Tensor | None] = [None] * len(needs)
+        for i, grad in zip(
+            wanted,
             torch.autograd.grad(
-                [y for y, _ in given], wanted, [g for _, g in given], allow_unused=True, materialize_grads=True
-            )
-        )
-        return tuple(next(found) if leaf is not None and need else None for leaf, need in zip(leaves, needs, strict=True))
+                [y for y, _ in given],
+                [fields[i] for i in wanted],
+                [grad for _, grad in given],
+                materialize_grads=True,
+            ),
+            strict=True,
+        ):
+            found[i] = grad
+        return tuple(found)
 
     return backward
 
@@ -257,12 +263,6 @@ COLUMNS = {
 # ---- from a call to a launcher
 
 
-def _dense(call: Call) -> Call:
-    """The same call with contiguous rows: other strides are read in place."""
-    tensors = [x if x is None else _streams.rows_in_place(x) if x.dim() == 4 else x.contiguous() for x in call[:11]]
-    return Call(*tensors, *call[11:])
-
-
 def _lse_shape(call: Call) -> tuple[int, int, int]:
     return call.q.shape[0], call.q.shape[2], call.q.shape[1] + (0 if call.added_q is None else call.added_q.shape[1])
 
@@ -273,7 +273,9 @@ def _fake(call: Call) -> Outputs:
     return call.q.new_empty(call.q.shape), added_out, call.q.new_empty(_lse_shape(call), dtype=torch.float32)
 
 
-_operator = Operator("qk_norm_attention", Call, COLUMNS, dense=_dense, fake=_fake, outputs=2, saved=1, reads_outputs=True)
+_operator = Operator(
+    "qk_norm_attention", Call, COLUMNS, dense=_streams.dense, fake=_fake, outputs=2, saved=1, reads_outputs=True
+)
 
 
 # ---- what tests, benchmarks and explain() are made from
