@@ -116,7 +116,7 @@ __device__ __forceinline__ float rstd_of(float squares, const QkNormLaunch &a) {
     return 1.0f / sqrtf(squares * (1.0f / static_cast<float>(a.head_dim)) + a.eps);
 }
 
-template <typename T, int V, int P> __global__ void __launch_bounds__(kQkNormThreads)
+template <int P, typename T, int V> __global__ void __launch_bounds__(kQkNormThreads)
     qk_norm_forward_kernel(const QkNormLaunch a) {
     KF_SHARED(float, shared); // [head_dim]
     const int part = part_of_block(a);
@@ -148,7 +148,7 @@ template <typename T, int V, int P> __global__ void __launch_bounds__(kQkNormThr
     }
 }
 
-template <typename T, int V, int P> __global__ void __launch_bounds__(kQkNormThreads)
+template <int P, typename T, int V> __global__ void __launch_bounds__(kQkNormThreads)
     qk_norm_backward_kernel(const QkNormLaunch a) {
     KF_SHARED(float, shared); // [head_dim], then [rows of a block][head_dim]
     const int part = part_of_block(a);
@@ -223,7 +223,7 @@ template <typename T, int V, int P> __global__ void __launch_bounds__(kQkNormThr
 }
 
 // grad_weight from the sums of a part's blocks: kQkNormReduceColumns columns of one part, four threads for each
-inline __global__ void __launch_bounds__(kQkNormThreads) qk_norm_grad_weight_kernel(const QkNormLaunch a) {
+__global__ void __launch_bounds__(kQkNormThreads) qk_norm_grad_weight_kernel(const QkNormLaunch a) {
     KF_SHARED(float, shared); // [threads of a column][kQkNormReduceColumns]
     constexpr unsigned kShare = kQkNormThreads / kQkNormReduceColumns;
     const unsigned groups = (a.head_dim + kQkNormReduceColumns - 1) / kQkNormReduceColumns;

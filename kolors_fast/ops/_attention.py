@@ -20,7 +20,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +63,7 @@ def request_of(q: Tensor, key_bias: Tensor | None) -> Request:
     return Request(q.device.type, architecture, q.dtype, q.shape[3], key_bias is not None, needs_gradient)
 
 
-@torch.compiler.assume_constant_result
+@_backends.once
 def _architecture(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
@@ -112,7 +111,7 @@ def _sdpa_declines(request: Request) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result
+@_backends.once
 def _flash_in_torch() -> bool:
     return torch.backends.cuda.is_flash_attention_available()
 
@@ -120,19 +119,14 @@ def _flash_in_torch() -> bool:
 # ---- packages that may be installed
 
 
-@cache
-def _missing(package: str) -> str | None:
+@_backends.once
+def missing(package: str) -> str | None:
+    """Why `package` cannot be used, or None."""
     try:
         importlib.import_module(package)
     except ImportError as error:
         return f"{package} does not import ({error})"
     return None
-
-
-@torch.compiler.assume_constant_result
-def missing(package: str) -> str | None:
-    """Why `package` cannot be used, or None."""
-    return _missing(package)
 
 
 def _flash_declines(package: str, architectures: tuple[int, int], request: Request) -> str | None:

@@ -21,6 +21,8 @@ from ._qk_norm_cases import CASES
 from ._spec import Inputs, OpSpec
 from ._streams import AddedStream
 
+CUDA_HEAD_DIM = 256  # kQkNormHeadDim of csrc/cuda/qk_norm.cuh
+
 Outputs = tuple[Tensor | None, Tensor | None, Tensor | None]  # joint q, k, v; None: not written
 
 
@@ -327,11 +329,16 @@ def _triton_backward(call: Call, grads: Outputs, saved: tuple[()], needs: list[b
     return tuple(found)
 
 
+def _cuda_declines(call: Call) -> str | None:
+    head_dim = call.q.shape[3]
+    return f"holds heads of up to {CUDA_HEAD_DIM} elements, got {head_dim}" if head_dim > CUDA_HEAD_DIM else None
+
+
 COLUMNS = {
     "reference": _backends.Column(_reference_forward, _reference_backward),
     "cpu": _backends.Column(partial(_extension_forward, "cpu"), partial(_extension_backward, "cpu")),
     "triton": _backends.Column(_triton_forward, _triton_backward),
-    "cuda": _backends.Column(partial(_extension_forward, "cuda"), partial(_extension_backward, "cuda")),
+    "cuda": _backends.Column(partial(_extension_forward, "cuda"), partial(_extension_backward, "cuda"), _cuda_declines),
 }
 
 
