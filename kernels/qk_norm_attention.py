@@ -8,13 +8,13 @@
 A program holds a block of queries of one stream and walks over the keys of the first stream, then of the second, with
 a running maximum and sum (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao,
 "FlashAttention-2", 2023). Only the last tile of a stream is masked. The softmax is fp32, its exponentials are powers of
-two, and with a few keys the tiles of K and V stay on chip while the program walks over blocks of queries instead.
+two. With a few keys the tiles of K and V stay on chip instead, while the program walks over blocks of queries.
 
-Queries are normalised where they are loaded. Keys are normalised once, into a scratch of their stream's size: inside the
-loop every block of queries would do it again (32 times in a picture of 64x64 tokens) and push K through registers,
-where tensor cores read it from shared memory. Folding the weights into q and 1/rms into the logits needs no
-scratch, but one more multiplication per logit, more than the scratch costs, and in the backward pass it puts the scale
-of k into dS, which fp16 does not hold.
+Queries are normalised where they are loaded. Keys are normalised once, into a scratch of their stream's size: inside
+the loop every block of queries would do it again (32 times in a picture of 64x64 tokens) and push K through registers,
+where tensor cores read it from shared memory. Folding the weights into q and 1/rms into the logits needs no scratch,
+but one more multiplication per logit, and in the backward pass it puts 1/rms into dS, which then leaves the range of
+fp16 when k is large or small.
 
 A head is cut into its largest power of two and a tail: 72 is 64 + 16 columns, 8 of them empty, and not 128.
 
@@ -103,11 +103,11 @@ def store_rows(
 
 
 @triton.jit
-def outer(a, a_tail, b, b_tail, TAIL: tl.constexpr):
-    """a @ b^T of two blocks of rows; fp32 stays fp32."""
-    product = tl.dot(a, tl.trans(b), input_precision="ieee")
+def dot(a, a_tail, b, b_tail, TAIL: tl.constexpr):
+    """a @ b over the columns of a head, rows of a and columns of b; fp32 stays fp32."""
+    product = tl.dot(a, b, input_precision="ieee")
     if TAIL > 0:
-        product = tl.dot(a_tail, tl.trans(b_tail), product, input_precision="ieee")
+        product = tl.dot(a_tail, b_tail, product, input_precision="ieee")
     return product
 
 
@@ -179,12 +179,12 @@ def _attend(
     q, q_tail, k, k_tail, v, v_tail, bias, valid, top, total, sums, sums_tail, scale,
     TAIL: tl.constexpr, BIAS: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """One more tile of keys into the running maximum, the running sum and the unnormalised output.
+    """One more tile of keys, k transposed, into the running maximum, the running sum and the unnormalised output.
 
     Logits are in units of ln 2: scale and bias come times log2(e). scale is positive, so the largest product has
     the largest logit. Keys past the edge have bias -inf, or are not `valid`.
     """
-    logits = outer(q, q_tail, k, k_tail, TAIL)
+    logits = dot(q, q_tail, k, k_tail, TAIL)
     if BIAS:
         logits = logits * scale + bias[None, :]
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -228,8 +228,8 @@ def _attend_tile(
     bias = load_bias(bias_ptr, bias_at, begin + key, left, BLOCK_K)
     v, v_tail = load_rows(v_ptr, key, v_stride, left - begin, HEAD, MAIN, TAIL, EDGE)
     return _attend(
-        q, q_tail, k, k_tail, v, v_tail, bias, key < left - begin, top, total, sums, sums_tail, scale,
-        TAIL, bias_ptr is not None, EDGE,
+        q, q_tail, tl.trans(k), tl.trans(k_tail), v, v_tail, bias, key < left - begin,
+        top, total, sums, sums_tail, scale, TAIL, bias_ptr is not None, EDGE,
     )  # fmt: skip
 
 
@@ -299,7 +299,7 @@ def _forward_kernel(
     sums_tail = sums
     if TAIL > 0:
         sums_tail = tl.zeros([BLOCK_Q, TAIL], tl.float32)
-    for stream in range(STREAMS):
+    for stream in tl.static_range(STREAMS):
         second = stream > 0
         k_source = tl.where(
             second, head_of(added_k_ptr, b, h, added_k_batch, added_k_head, VECTOR),
@@ -356,7 +356,7 @@ def _few_keys_kernel(
     for t in tl.static_range(TILES):
         k, k_tail = load_rows(k_source, t * BLOCK_K + key, k_stride, keys, HEAD, MAIN, TAIL, True)
         v, v_tail = load_rows(v_source, t * BLOCK_K + key, v_stride, keys, HEAD, MAIN, TAIL, True)
-        tiles = tiles + ((k, k_tail, v, v_tail, load_bias(bias_ptr, b * keys, t * BLOCK_K + key, keys, BLOCK_K)),)
+        tiles = tiles + ((tl.trans(k), tl.trans(k_tail), v, v_tail),)  # type: ignore[assignment]  # noqa: RUF005
 
     scale *= LOG2_E
     row = tl.arange(0, BLOCK_Q)
@@ -376,10 +376,11 @@ def _few_keys_kernel(
         if TAIL > 0:
             sums_tail = tl.zeros([BLOCK_Q, TAIL], tl.float32)
         for t in tl.static_range(TILES):
-            k, k_tail, v, v_tail, bias = tiles[t]
+            # not kept as well: five tiles of it would take eighty registers
+            bias = load_bias(bias_ptr, b * keys, t * BLOCK_K + key, keys, BLOCK_K)
             top, total, sums, sums_tail = _attend(
-                q, q_tail, k, k_tail, v, v_tail, bias, t * BLOCK_K + key < keys, top, total, sums, sums_tail, scale,
-                TAIL, bias_ptr is not None, t == TILES - 1,
+                q, q_tail, tiles[t][0], tiles[t][1], tiles[t][2], tiles[t][3], bias, t * BLOCK_K + key < keys,
+                top, total, sums, sums_tail, scale, TAIL, bias_ptr is not None, t == TILES - 1,
             )  # fmt: skip
         inside = row < queries - begin
         tl.store(lse_ptr + (b * heads + h) * queries + begin + row, (top + tl.log2(total)) * LN_2, mask=inside)

@@ -5,7 +5,8 @@
     P = exp(scale * qn @ kn^T + key_bias - lse)          again, block by block
     delta = rowsum(grad_out * out)
     dS = P * (grad_out @ v^T - delta)
-    grad_v = P^T @ grad_out;  grad_qn = scale * dS @ kn;  grad_kn = scale * dS^T @ qn;  grad_key_bias = sum over rows of dS
+    grad_v = P^T @ grad_out;  grad_qn = scale * dS @ kn;  grad_kn = scale * dS^T @ qn
+    grad_key_bias = sum of dS over heads and queries
     grad_q = rstd * (w * grad_qn - qhat * mean(w * grad_qn * qhat)),  qhat = q * rstd;  likewise grad_k
     grad_w = sum of grad_qn * qhat over all rows
 
@@ -29,8 +30,20 @@ from torch import Tensor
 
 from .device import architecture, guard
 from .qk_norm_attention import (
-    LOG2_E, SIZES, aligned, head_of, load_bias, load_rows, load_weights, normalise, normalised_or, outer, rstd_of,
-    store_rows, strides, vector_of,
+    LOG2_E,
+    SIZES,
+    aligned,
+    dot,
+    head_of,
+    load_bias,
+    load_rows,
+    load_weights,
+    normalise,
+    normalised_or,
+    rstd_of,
+    store_rows,
+    strides,
+    vector_of,
 )  # fmt: skip
 from .qk_norm_attention_config import Config, configure
 
@@ -61,7 +74,7 @@ def _delta_kernel(
 def _norm_backward(
     grad, grad_tail, x, x_tail, weight, weight_tail, inside, eps, HEAD: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
-    """(grad_x, its tail, grad_weight, its tail) of x * rstd * weight, from fp32 tiles; rows not `inside` count nothing."""
+    """(grad_x, its tail, grad_weight, its tail) of x * rstd * weight, from fp32 tiles; only rows `inside` count."""
     rstd = tl.where(inside, rstd_of(x, x_tail, eps, HEAD, TAIL), 0.0)[:, None]
     grad = tl.where(inside[:, None], grad, 0.0)
     xhat = x * rstd
@@ -89,7 +102,7 @@ def _finish(
     weight_ptr, added_weight_ptr, in_added, grad_weight_ptr, eps,
     HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradient of rows of q or k, taken back through their RMSNorm, and this program's part of grad_weight."""
+    """Stores the gradient of rows of q or k, back through their RMSNorm, and this program's part of grad_weight."""
     if weight_ptr is not None or added_weight_ptr is not None:
         x, x_tail = load_rows(raw_source, row, raw_stride, left, HEAD, MAIN, TAIL, True)
         weight, weight_tail = load_weights(weight_ptr, added_weight_ptr, in_added, HEAD, MAIN, TAIL)
@@ -126,7 +139,7 @@ def _grad_keys_tile(
     else:
         lse = tl.load(lse_source + begin + row)
         delta = tl.load(delta_source + begin + row)
-    logits = outer(k, k_tail, q, q_tail, TAIL) * scale
+    logits = dot(k, k_tail, tl.trans(q), tl.trans(q_tail), TAIL) * scale
     if BIAS:
         logits += bias[:, None]
     weights = tl.exp2(logits - (lse * LOG2_E)[None, :])
@@ -134,7 +147,7 @@ def _grad_keys_tile(
     grad_v = tl.dot(rounded, grad_out, grad_v, input_precision="ieee")
     if TAIL > 0:
         grad_v_tail = tl.dot(rounded, grad_out_tail, grad_v_tail, input_precision="ieee")
-    grad_logits = weights * (outer(v, v_tail, grad_out, grad_out_tail, TAIL) - delta[None, :])
+    grad_logits = weights * (dot(v, v_tail, tl.trans(grad_out), tl.trans(grad_out_tail), TAIL) - delta[None, :])
     if BIAS:
         grad_bias += tl.sum(grad_logits, 1)
     rounded = grad_logits.to(q.dtype)
@@ -191,7 +204,7 @@ def _grad_keys_kernel(
         grad_v_tail = tl.zeros([BLOCK_K, TAIL], tl.float32)
     grad_bias = tl.zeros([BLOCK_K], tl.float32)
     out_stride = heads.to(tl.int64) * HEAD
-    for stream in range(STREAMS):
+    for stream in tl.static_range(STREAMS):
         second = stream > 0
         left = tl.where(second, added_queries, queries)
         q_source = tl.where(
@@ -247,13 +260,13 @@ def _grad_queries_tile(
     key = tl.arange(0, BLOCK_K)
     k, k_tail = load_rows(k_source + begin * k_stride, key, k_stride, left - begin, HEAD, MAIN, TAIL, EDGE)
     v, v_tail = load_rows(v_source + begin * v_stride, key, v_stride, left - begin, HEAD, MAIN, TAIL, EDGE)
-    logits = outer(q, q_tail, k, k_tail, TAIL) * scale
+    logits = dot(q, q_tail, tl.trans(k), tl.trans(k_tail), TAIL) * scale
     if bias_ptr is not None:
         logits += load_bias(bias_ptr, bias_at, begin + key, left, BLOCK_K)[None, :]
     elif EDGE:
         logits = tl.where((key < left - begin)[None, :], logits, float("-inf"))
     weights = tl.exp2(logits - lse[:, None])
-    grad_logits = weights * (outer(grad_out, grad_out_tail, v, v_tail, TAIL) - delta[:, None])
+    grad_logits = weights * (dot(grad_out, grad_out_tail, tl.trans(v), tl.trans(v_tail), TAIL) - delta[:, None])
     rounded = grad_logits.to(k.dtype)
     grad_q = tl.dot(rounded, k, grad_q, input_precision="ieee")
     if TAIL > 0:
@@ -304,7 +317,7 @@ def _grad_queries_kernel(
     grad_q_tail = grad_q
     if TAIL > 0:
         grad_q_tail = tl.zeros([BLOCK_Q, TAIL], tl.float32)
-    for stream in range(STREAMS):
+    for stream in tl.static_range(STREAMS):
         second = stream > 0
         k_source = tl.where(
             second, head_of(added_k_ptr, b, h, added_k_batch, added_k_head, VECTOR),
@@ -373,8 +386,8 @@ def backward(
     lse: Tensor,  # fp32 [B, H, L + L2]
     needs: Sequence[bool],  # of the eleven tensors from q to key_bias
 ) -> tuple[Tensor | None, ...]:
-    """Eleven gradients in the order of forward's tensors: of q, k, v in their dtype and contiguous, of weights fp32 [D],
-    of key_bias fp32 [B, S + S2]; None where one is not needed or its input absent."""
+    """Gradients of forward's eleven tensors in their order: of q, k, v in their dtype and contiguous, of weights
+    fp32 [D], of key_bias fp32 [B, S + S2]; None where one is not needed or its input absent."""
     tensors = (
         q, k, v, q_weight, k_weight, added_q, added_k, added_v, added_q_weight, added_k_weight, key_bias
     )  # fmt: skip
@@ -392,73 +405,67 @@ def backward(
         )  # fmt: skip
 
     config = configure(head_dim, keys + added_keys, q.element_size(), architecture(q.device))
+    # a stream that is not there lends its name to the first: its rows are never reached
+    q2, q2_weight = (q, q_weight) if added_q is None else (added_q, added_q_weight)
+    k2, k2_weight, v2 = (k, k_weight, v)
+    if added_k is not None and added_v is not None:
+        k2, k2_weight, v2 = added_k, added_k_weight, added_v
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
+    grad_out2 = grad_out
     if added_out is not None:
-        grad_added_out = torch.zeros_like(added_out) if grad_added_out is None else grad_added_out.contiguous()
+        grad_out2 = torch.zeros_like(added_out) if grad_added_out is None else grad_added_out.contiguous()
     grads: list[Tensor | None] = [None] * len(tensors)
     with guard(q):
         delta = torch.empty_like(lse)
         _delta(out, grad_out, delta, 0, config)
-        if added_out is not None and grad_added_out is not None:
-            _delta(added_out, grad_added_out, delta, queries, config)
+        if added_out is not None:
+            _delta(added_out, grad_out2, delta, queries, config)
 
-        # a stream that is not there lends its name to the first: its rows are never reached
-        q2, q2_weight, grad_out2 = (
-            (q, q_weight, grad_out) if added_q is None else (added_q, added_q_weight, grad_added_out)
-        )
-        k2, k2_weight = (k, k_weight) if added_k is None else (added_k, added_k_weight)
-        v2 = v if added_v is None else added_v
         qn, kn = normalise(q, q_weight, eps, config), normalise(k, k_weight, eps, config)
         qn2 = qn if added_q is None else normalise(q2, q2_weight, eps, config)
         kn2 = kn if added_k is None else normalise(k2, k2_weight, eps, config)
         inputs = (qn, kn, v, qn2, kn2, v2)
         sizes = (heads, queries, added_queries, keys, added_keys, eps, scale)
         shape = {
-            "HEAD": head_dim,
-            "MAIN": config.main,
-            "TAIL": config.tail,
-            "VECTOR": vector_of([*inputs, q, q2, k, k2]),
-        }
+            "HEAD": head_dim, "MAIN": config.main, "TAIL": config.tail, "VECTOR": vector_of([*inputs, q, q2, k, k2])
+        }  # fmt: skip
 
         if any(wanted[i] for i in (1, 2, 4, 6, 7, 9, 10)):
             tile = config.grad_keys
             own, added = triton.cdiv(keys, tile.keys), triton.cdiv(added_keys, tile.keys)
-            grads[1], grads[2] = q.new_empty(k.shape), q.new_empty(v.shape)
-            grads[6], grads[7] = (q.new_empty(k2.shape), q.new_empty(v2.shape)) if added_k is not None else grads[1:3]
-            parts = (
-                lse.new_empty((samples * heads, own + added, head_dim))
-                if k_weight is not None or k2_weight is not None
-                else None
-            )
+            grad_k, grad_v = q.new_empty(k.shape), q.new_empty(v.shape)
+            grad_k2, grad_v2 = (grad_k, grad_v) if added_k is None else (q.new_empty(k2.shape), q.new_empty(k2.shape))
+            weighted = k_weight is not None or k2_weight is not None
+            weight_parts = lse.new_empty((samples * heads, own + added, head_dim)) if weighted else None
             bias_parts = lse.new_empty((samples, heads, keys + added_keys)) if wanted[10] else None
             _grad_keys_kernel[((own + added) * heads * samples,)](
                 *inputs, k, k2, k_weight, k2_weight, key_bias, grad_out, grad_out2, lse, delta,
-                grads[1], grads[2], grads[6], grads[7], parts, bias_parts,
+                grad_k, grad_v, grad_k2, grad_v2, weight_parts, bias_parts,
                 *(stride for x in (*inputs, k, k2) for stride in strides(x)), *sizes,
                 STREAMS=1 if added_q is None else 2, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, **shape,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
-            if parts is not None:
-                grads[4], grads[9] = parts[:, :own].sum((0, 1)), parts[:, own:].sum((0, 1))
+            grads[1], grads[2], grads[6], grads[7] = grad_k, grad_v, grad_k2, grad_v2
+            if weight_parts is not None:
+                grads[4], grads[9] = weight_parts[:, :own].sum((0, 1)), weight_parts[:, own:].sum((0, 1))
             if bias_parts is not None:
                 grads[10] = bias_parts.sum(1)
 
         if any(wanted[i] for i in (0, 3, 5, 8)):
             tile = config.grad_queries
             own, added = triton.cdiv(queries, tile.queries), triton.cdiv(added_queries, tile.queries)
-            grads[0] = q.new_empty(q.shape)
-            grads[5] = grads[0] if added_q is None else q.new_empty(q2.shape)
-            parts = (
-                lse.new_empty((samples * heads, own + added, head_dim))
-                if q_weight is not None or q2_weight is not None
-                else None
-            )
+            grad_q = q.new_empty(q.shape)
+            grad_q2 = grad_q if added_q is None else q.new_empty(q2.shape)
+            weighted = q_weight is not None or q2_weight is not None
+            weight_parts = lse.new_empty((samples * heads, own + added, head_dim)) if weighted else None
             _grad_queries_kernel[((own + added) * heads * samples,)](
                 *inputs, q, q2, q_weight, q2_weight, key_bias, grad_out, grad_out2, lse, delta,
-                grads[0], grads[5], parts, *(stride for x in (*inputs, q, q2) for stride in strides(x)), *sizes,
+                grad_q, grad_q2, weight_parts,
+                *(stride for x in (*inputs, q, q2) for stride in strides(x)), *sizes,
                 STREAMS=1 if added_k is None else 2, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, **shape,
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
-            if parts is not None:
-                grads[3], grads[8] = parts[:, :own].sum((0, 1)), parts[:, own:].sum((0, 1))
+            grads[0], grads[5] = grad_q, grad_q2
+            if weight_parts is not None:
+                grads[3], grads[8] = weight_parts[:, :own].sum((0, 1)), weight_parts[:, own:].sum((0, 1))
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))

@@ -7,9 +7,9 @@ from functools import cache
 
 INTERPRETED = 0  # stands for an architecture: tiles so small that a small input has several of them
 
-# K and V of a few-keys program: two of them share a multiprocessor
-FEW_KEYS_BYTES = 96 << 10
-FEW_KEYS_TILES = 5  # of 64 keys: the longest prompt has 256 tokens and one key for all its padding
+# K and V that stay on chip: 128 keys with heads of 64 or 72, 64 with heads of 128. The unrolled loop over their tiles
+# takes registers too: from 192 keys on it spills
+FEW_KEYS_BYTES = 40 << 10
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
@@ -48,9 +48,9 @@ def head_split(head_dim: int) -> tuple[int, int]:
 def configure(head_dim: int, keys: int, itemsize: int, architecture: int) -> Config:
     """Config for heads of head_dim elements of itemsize bytes, with so many keys in all streams."""
     main, tail = head_split(head_dim)
-    forward, grad_keys, grad_queries, few_keys = _tiles(main, itemsize, architecture)
+    forward, grad_keys, grad_queries, few_keys = _tiles(head_dim, itemsize, architecture)
     tiles = -(-keys // few_keys.keys)
-    few = tiles <= FEW_KEYS_TILES and 2 * tiles * few_keys.keys * (main + tail) * itemsize <= FEW_KEYS_BYTES
+    few = itemsize < 4 and 2 * tiles * few_keys.keys * (main + tail) * itemsize <= FEW_KEYS_BYTES
     return Config(
         main=main,
         tail=tail,
@@ -68,10 +68,25 @@ def few_keys_chunk(heads: int, blocks: int, multiprocessors: int) -> int:
     return max(1, heads * blocks // (multiprocessors * PROGRAMS_PER_MULTIPROCESSOR))
 
 
-def _tiles(main: int, itemsize: int, architecture: int) -> tuple[Tile, Tile, Tile, Tile]:
-    """(forward, grad_keys, grad_queries, few_keys)"""
+def _tiles(head_dim: int, itemsize: int, architecture: int) -> tuple[Tile, ...]:
+    """(forward, grad_keys, grad_queries, few_keys): the largest that spill no register, and read K, V or Q, grad_out in
+    16-byte accesses while the tensor cores work on the tile before."""
     if architecture == INTERPRETED:
-        return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 64, 4, 1)
+        return (Tile(32, 32, 4, 1),) * 4
     if itemsize == 4:
-        return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
-    return Tile(128, 64, 4, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)
+        # no tensor core multiplies fp32: four products per thread, each with a whole row of both factors in registers
+        if head_dim <= 96:
+            return (Tile(32, 32, 8, 1),) * 4
+        return Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)
+    few_keys = Tile(64, 64, 4, 2)
+    if architecture < 90:
+        # a warp reads all of K and V from shared memory: few warps with many rows each
+        if head_dim <= 64:
+            return Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), few_keys
+        if head_dim <= 96:
+            return Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 32, 8, 2), few_keys
+        return Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), few_keys
+    # two warpgroups of 64 rows each. Beside dK and dV of 128 keys there is room for three products with 64 queries if
+    # heads are short, or if the sums live in tensor memory
+    grad_keys = Tile(64 if head_dim <= 64 or architecture >= 100 else 32, 128, 8, 2)
+    return Tile(128, 64, 8, 3), grad_keys, Tile(128, 64, 8, 2), few_keys
