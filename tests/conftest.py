@@ -29,22 +29,22 @@ def _round_as_gpus_do() -> None:
 
 
 def _multiply_bf16() -> None:
-    """Triton's interpreter multiplies matrices of bf16 as the integers that it keeps them in."""
+    """Triton's interpreter keeps bf16 as 16-bit integers, and its tl.dot multiplies those."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
-    create_dot = interpreter.InterpreterBuilder.create_dot
+    dot = interpreter.InterpreterBuilder.create_dot
 
-    def wide(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    def wide(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    def dot(self: object, a: object, b: object, *rest: object) -> object:
-        return create_dot(self, wide(a), wide(b), *rest)
+    def dot_of_wide(self: object, a: interpreter.TensorHandle, b: interpreter.TensorHandle, *rest: object) -> object:
+        return dot(self, wide(a), wide(b), *rest)
 
-    interpreter.InterpreterBuilder.create_dot = dot
+    interpreter.InterpreterBuilder.create_dot = dot_of_wide
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
