@@ -30,6 +30,9 @@ ON_CPU = (
     "kolors_2x1280x32x32_no_silu",
     "kolors_1024_multistep",
     "kolors_1024_batch_8",
+    "kolors_self_2x1024x20x64",
+    "kolors_cross_2x1024x20x64",
+    "sd35_2x1024+333x24x64",
 )
 
 
