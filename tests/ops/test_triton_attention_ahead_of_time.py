@@ -45,12 +45,12 @@ class Variant:
 
 
 VARIANTS = {
-    "kolors": Variant(64),
+    "kolors": Variant(64, backward=False),
     "kolors_prompt": Variant(64, keys=77, bias=True, backward=False),
-    "kolors_long_prompt": Variant(64, keys=257, bias=True),
+    "kolors_long_prompt": Variant(64, keys=257, bias=True, backward=False),
     "sd3.5": Variant(64, added=333, weights=True),
-    "pixart": Variant(72),
-    "pixart_prompt": Variant(72, keys=300, bias=True, backward=False),
+    "pixart": Variant(72, backward=False),
+    "pixart_prompt": Variant(72, keys=300, bias=True),
     "head_128": Variant(128, added=512, weights=True, dtype=BF16),
     "fp32": Variant(64, weights=True, dtype=FLOAT),
 }
