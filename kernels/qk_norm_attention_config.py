@@ -74,9 +74,9 @@ def _tiles(head_dim: int, itemsize: int, architecture: int) -> tuple[Tile, ...]:
     if architecture == INTERPRETED:
         return (Tile(32, 32, 4, 1),) * 4
     if itemsize == 4:
-        # no tensor core multiplies fp32: four products per thread, each with a whole row of both factors in registers
+        # no tensor core multiplies fp32: few products per thread, each with a row of both factors in registers
         if head_dim <= 96:
-            return (Tile(32, 32, 8, 1),) * 4
+            return Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 4, 1)
         return Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)
     few_keys = Tile(64, 64, 4, 2)
     if architecture < 90:
@@ -88,5 +88,8 @@ def _tiles(head_dim: int, itemsize: int, architecture: int) -> tuple[Tile, ...]:
         return Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), few_keys
     # two warpgroups of 64 rows each. Beside dK and dV of 128 keys there is room for three products with 64 queries if
     # heads are short, or if the sums live in tensor memory
-    grad_keys = Tile(64 if head_dim <= 64 or architecture >= 100 else 32, 128, 8, 2)
-    return Tile(128, 64, 8, 3), grad_keys, Tile(128, 64, 8, 2), few_keys
+    if architecture < 100:
+        grad_keys = Tile(64 if head_dim <= 64 else 32, 128, 8, 2)
+        return Tile(128, 64, 8, 3), grad_keys, Tile(128, 64, 8, 2), few_keys
+    # a third stage of K and V makes the forward pass with key_bias spill
+    return Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2), few_keys
