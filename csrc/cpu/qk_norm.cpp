@@ -35,7 +35,12 @@ struct Blocks {
     }
 
     int64_t count() const { return first[a.count]; }
-    int threads() const { return count() * tokens * a.heads * a.head_dim < kSerialElements ? 1 : max_threads(); }
+    int threads() const {
+        int64_t rows = 0;
+        for (int p = 0; p < a.count; ++p)
+            rows += a.batch * a.parts[p].tokens * a.heads;
+        return rows * a.head_dim < kSerialElements ? 1 : max_threads();
+    }
 
     int part_of(int64_t block) const {
         int p = 0;

@@ -89,6 +89,8 @@ def fields(added: AddedStream | None) -> AddedFields:
 
 def dense(call: Any) -> Any:
     """The same call with contiguous rows and vectors; other strides of the rows are read in place."""
+    if all(x is None or type(x) is float or (x.stride(-1) == 1 and x.dim() != 2) for x in call):
+        return call  # nearly always: the loop below is the dearest part of a small call
     return type(call)(*(_dense(x) if isinstance(x, Tensor) else x for x in call))
 
 

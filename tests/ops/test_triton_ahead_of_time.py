@@ -47,12 +47,10 @@ CASES = {
     ),
     "qk_norm": ("sd35_2x4096+333x24x64", "head_dim_72", "plain", "offset_view"),
     "qk_norm_attention": (
-        "kolors_self_2x4096x10x64",
         "kolors_cross_2x1024x20x64",
         "sd35_2x4096+333x24x64",
         "pixart_self_2x4096x16x72",
         "plain",
-        "offset_view",
     ),
 }
 # kernels that read partial sums and rows of channels only
