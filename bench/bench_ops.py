@@ -44,6 +44,9 @@ ON_CPU = (
     "chatglm_1x256x27392",
     "chatglm_1x256x4096",
     "sd35_2x4096x24x64",
+    "kolors_self_2x1024x20x64",
+    "kolors_cross_2x1024x20x64",
+    "sd35_2x1024+333x24x64",
 )
 
 

@@ -204,6 +204,30 @@ void rms_norm_backward(const void *grad_y, const void *x, const void *weight, co
         {grad_y, x, weight, rstd, grad_x, grad_weight, rows, features, row_stride, type, weight_type});
 }
 
+QkNorm checked_qk_norm(const QkNormPart *parts, int count, int64_t batch, int64_t heads, int64_t head_dim, double eps,
+                       int dtype, int weight_dtype) {
+    if (count < 0 || count > kQkNormParts)
+        throw py::value_error("count must be from 0 to 6, got " + std::to_string(count));
+    if (batch < 0 || heads < 0 || head_dim < 0)
+        throw py::value_error("batch, heads and head_dim must not be negative");
+    return {
+        parts, count, batch, heads, head_dim, eps, dtype_of("dtype", dtype), dtype_of("weight_dtype", weight_dtype)};
+}
+
+void normalise(const QkNormPart *parts, int count, int64_t batch, int64_t heads, int64_t head_dim, double eps,
+               int dtype, int weight_dtype, void *) {
+    const QkNorm a = checked_qk_norm(parts, count, batch, heads, head_dim, eps, dtype, weight_dtype);
+    const py::gil_scoped_release released;
+    kernels().qk_norm_forward(a);
+}
+
+void normalise_backward(const QkNormPart *parts, void *, int count, int64_t batch, int64_t heads, int64_t head_dim,
+                        double eps, int dtype, int weight_dtype, void *) {
+    const QkNorm a = checked_qk_norm(parts, count, batch, heads, head_dim, eps, dtype, weight_dtype);
+    const py::gil_scoped_release released;
+    kernels().qk_norm_backward(a);
+}
+
 } // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -266,4 +290,11 @@ PYBIND11_MODULE(_cpu, module) {
            "eps", "dtype", "weight_dtype", "stream");
     define(module, "rms_norm_backward", &rms_norm_backward, "grad_y", "x", "weight", "rstd", "grad_x", "grad_weight",
            "rows", "features", "row_stride", "dtype", "weight_dtype", "stream");
+    define(module, "qk_norm_forward", &normalise, "parts", "count", "batch", "heads", "head_dim", "eps", "dtype",
+           "weight_dtype", "stream");
+    define(module, "qk_norm_backward", &normalise_backward, "parts", "workspace", "count", "batch", "heads", "head_dim",
+           "eps", "dtype", "weight_dtype", "stream");
+    module.def(
+        "qk_norm_workspace", [](int64_t) { return 0; }, arg("head_dim"),
+        "Bytes of workspace: none, the CPU kernels allocate their own.");
 }

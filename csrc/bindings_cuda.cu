@@ -8,6 +8,7 @@
 #include "cuda/group_norm_silu.cuh"
 #include "cuda/group_norm_silu_backward.cuh"
 #include "cuda/guided_step.cuh"
+#include "cuda/qk_norm.cuh"
 #include "cuda/scale_and_filter.cuh"
 #include "cuda/unscale_and_filter.cuh"
 #include "cuda/unscale_grads.cuh"
@@ -58,4 +59,10 @@ PYBIND11_MODULE(_cuda, m) {
                                                         tensors);
         },
         py::arg("table"), py::arg("tensors"), "Bytes of workspace for this table; its contents do not matter.");
+    define(m, "qk_norm_forward", &kolors_fast::qk_norm_forward, "parts", "count", "batch", "heads", "head_dim", "eps",
+           "dtype", "weight_dtype", "stream");
+    define(m, "qk_norm_backward", &kolors_fast::qk_norm_backward, "parts", "workspace", "count", "batch", "heads",
+           "head_dim", "eps", "dtype", "weight_dtype", "stream");
+    m.def("qk_norm_workspace", &kolors_fast::qk_norm_workspace, py::arg("head_dim"),
+          "Bytes of workspace that a backward pass on the current device needs; its contents do not matter.");
 }

@@ -28,3 +28,12 @@ def guard(tensor: Tensor) -> AbstractContextManager:
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return _NO_GUARD
     return torch.cuda.device(tensor.device)
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """Compute capability as in sm_90; 0 in interpreter mode."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

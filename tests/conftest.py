@@ -31,8 +31,28 @@ def _round_as_gpus_do() -> None:
     interpreter._convert_float = rounded
 
 
+def _multiply_bf16() -> None:
+    """Triton's interpreter keeps bf16 as 16-bit integers, and its tl.dot multiplies those."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def wide(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot_of_wide(self: object, a: interpreter.TensorHandle, b: interpreter.TensorHandle, *rest: object) -> object:
+        return dot(self, wide(a), wide(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot_of_wide
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     _round_as_gpus_do()
+    _multiply_bf16()
 
 # .ci/sanitize tests another build of the CPU kernels
 if path := os.environ.get("KOLORS_FAST_TEST_EXTENSION"):

@@ -185,4 +185,32 @@ struct RmsNormBackward {
     DType weight_dtype; // dtype or float32
 };
 
+// Rows of one tensor [batch, tokens, heads, D]: each is contiguous, the other strides are free, in elements.
+template <typename Data> struct QkNormRows {
+    Data *data;
+    int64_t batch, token, head;
+};
+
+// One tensor that is normalised, or copied, to its place in an output. Python writes an array of these as int64.
+struct QkNormPart {
+    QkNormRows<const void> x;
+    QkNormRows<void> y;          // forward: where it goes; backward: the gradient of x, or null
+    QkNormRows<const void> grad; // backward: of what the forward pass wrote
+    const void *weight;          // [D] or null: copied
+    float *grad_weight;          // [D] or null
+    int64_t tokens;
+};
+static_assert(sizeof(QkNormPart) == 15 * 8, "fifteen words");
+
+constexpr int kQkNormParts = 6; // q, k and v of two streams
+
+struct QkNorm {
+    const QkNormPart *parts;
+    int count;
+    int64_t batch, heads, head_dim;
+    double eps;
+    DType dtype;
+    DType weight_dtype; // of all weights: dtype or float32
+};
+
 } // namespace kolors_fast

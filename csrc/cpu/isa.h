@@ -28,7 +28,9 @@ const char *isa();
     KERNEL(swiglu_forward, GateForward)                                                                                \
     KERNEL(swiglu_backward, GateBackward)                                                                              \
     KERNEL(rms_norm_forward, RmsNormForward)                                                                           \
-    KERNEL(rms_norm_backward, RmsNormBackward)
+    KERNEL(rms_norm_backward, RmsNormBackward)                                                                         \
+    KERNEL(qk_norm_forward, QkNorm)                                                                                    \
+    KERNEL(qk_norm_backward, QkNorm)
 
 #define KOLORS_FAST_DECLARE(name, Arguments) void name(const Arguments &);
 #define KOLORS_FAST_POINTER(name, Arguments) void (*name)(const Arguments &);

@@ -13,6 +13,7 @@ from typing import Any
 from . import _backends
 from ._backends import BackendError, use_backend
 from ._spec import OpSpec
+from ._streams import AddedStream
 
 SPECS: dict[str, OpSpec] = {}
 
@@ -36,7 +37,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
         args, kwargs: the op's own arguments; nothing is computed.
 
     Returns:
-        backend -> "runs", "could run, but ..." or "declines: ...".
+        backend -> "runs", "could run, but ..." or "declines: ..."; then the op's further choices, in the same words.
 
     Raises:
         ValueError: no such op, or the arguments do not fit the op.
@@ -46,10 +47,13 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
     if name not in SPECS:
         raise ValueError(f"explain: op: expected one of {', '.join(SPECS)}, got {name!r}")
     spec = SPECS[name]
-    table = _backends.reasons(name, spec.columns, spec.prepare(*args, **kwargs))
+    call = spec.prepare(*args, **kwargs)
+    table = _backends.reasons(name, spec.columns, call)
+    if spec.details is not None:
+        table |= spec.details(call)
     for backend, verdict in table.items():
         print(f"{name} on {backend}: {verdict}")
     return table
 
 
-__all__ = ["SPECS", "BackendError", "OpSpec", "explain", "use_backend", *SPECS]
+__all__ = ["SPECS", "AddedStream", "BackendError", "OpSpec", "explain", "use_backend", *SPECS]

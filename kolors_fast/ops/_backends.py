@@ -10,7 +10,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -37,6 +37,18 @@ class Column:
     declines: Callable[..., str | None] | None = None
 
 
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of the machine, not of tensors: asked once, and a constant under tracing."""
+    cached = cache(function)
+
+    @torch.compiler.assume_constant_result
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return cached(*args)
+
+    return call
+
+
 @cache
 def extension(name: str) -> ModuleType | str:
     """The compiled extension `kolors_fast._<name>`, or why it cannot be imported."""
@@ -46,7 +58,7 @@ def extension(name: str) -> ModuleType | str:
         return f"kolors_fast._{name} is not built or does not load ({error})"
 
 
-@cache
+@once
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot run on this machine at all, or None."""
     if backend in ("cpu", "cuda"):
@@ -65,7 +77,7 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-@cache
+@once
 def interpreted() -> bool:
     """Whether Triton kernels run in its CPU interpreter, which is decided once, when triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -38,10 +38,11 @@ class Operator:
             None, per tensor of the call; a gradient that did not arrive is None in `grads`.
         dense: a call -> the same call on tensors as the kernels read them.
         fake: a call -> what `forward` returns, uninitialised.
-        outputs: how many results of `forward` are the op's, the rest being for the backward pass.
+        outputs: how many results of `forward` are the op's; `saved` more follow, for the backward pass.
         mutated: the field of the call that `forward` writes in place.
         kept: field -> the output that `backward` reads in its place, of the same shape and dtype. So an input that
             `backward` has no use for need not live until then.
+        reads_outputs: whether `backward` reads the outputs too; they then come first in what it gets as saved.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class Operator:
         saved: int = 0,
         mutated: str | None = None,
         kept: Mapping[str, int] | None = None,
+        reads_outputs: bool = False,
     ) -> None:
         self.name, self.call, self.columns, self.dense, self.fake = name, call, columns, dense, fake
         self.outputs, self.saved, self.mutated = outputs, saved, mutated
+        self.first_kept = 0 if reads_outputs else outputs
         self.kept = {call._fields.index(field): output for field, output in (kept or {}).items()}
         types = {field: _SCHEMA_TYPES[kind] for field, kind in _annotations(call).items()}
         if mutated is not None:
@@ -73,7 +76,7 @@ class Operator:
 
     def _define_backward(self, fields: list[str]) -> None:
         grads = [f"Tensor? grad_{i}" for i in range(self.outputs)]
-        kept = [f"Tensor saved_{i}" for i in range(self.saved)]
+        kept = [f"Tensor saved_{i}" for i in range(self.outputs + self.saved - self.first_kept)]
         results = ", ".join(["Tensor"] * self.tensors)
         schema = f"{self.name}_backward({', '.join([*fields, *grads, *kept])}, bool[] needs) -> ({results})"
         self.backward_op = _library.define(schema, self._backward_apart, self._backward_fake)
@@ -169,7 +172,7 @@ class Operator:
         tensors = list(inputs[: self.tensors])
         for i, kept in self.kept.items():
             tensors[i] = output[kept]
-        ctx.save_for_backward(*tensors, *output[self.outputs :])
+        ctx.save_for_backward(*tensors, *output[self.first_kept :])
         ctx.numbers = inputs[self.tensors :]
 
     def _autograd_backward(self, ctx: Any, *arrived: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -89,6 +89,8 @@ class OpSpec:
         mutated: names of the arguments (tensors, or lists of them) that are written in place.
         bytes_moved, flops: of one forward call with these inputs, each tensor counted once.
         determinism: what is bitwise repeatable.
+        details: a call -> further choices that `explain` shows, each with its verdict.
+        traced_as: the registered op that tracing meets, where that is not the op's own.
     """
 
     name: str
@@ -104,6 +106,8 @@ class OpSpec:
     mutated: tuple[str, ...] = ()
     tolerance: Tolerance = field(default_factory=Tolerance)
     determinism: str = "bitwise on every backend"
+    details: Callable[[Any], dict[str, str]] | None = None
+    traced_as: str = ""
 
 
 def tensors(value: Any) -> list[Tensor]:

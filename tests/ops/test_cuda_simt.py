@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "scale_and_filter": [*[POINTER] * 3, INT64, INT, INT, POINTER],
     "unscale_and_filter": [*[POINTER] * 4, INT64, INT, INT, INT, POINTER],
     "unscale_grads": [*[POINTER] * 5, INT64, INT64, POINTER],
+    "qk_norm_forward": [POINTER, INT, *[INT64] * 3, DOUBLE, INT, INT, POINTER],
+    "qk_norm_backward": [POINTER, POINTER, INT, *[INT64] * 3, DOUBLE, INT, INT, POINTER],
 }
 
 
@@ -48,6 +51,7 @@ class Machine:
         self.group_norm_silu_workspace = workspace(self._address("group_norm_silu_workspace"))
         workspace = ctypes.CFUNCTYPE(INT64, POINTER, INT64)
         self.unscale_grads_workspace = workspace(self._address("unscale_grads_workspace"))
+        self.qk_norm_workspace = ctypes.CFUNCTYPE(INT64, INT64)(self._address("qk_norm_workspace"))
         self.configure(2)
 
     def configure(self, multiprocessors: int, reverse: bool = False) -> None:
@@ -544,3 +548,71 @@ def test_the_machine_notices_what_is_wrong(library: ctypes.CDLL) -> None:
     assert library.test_diverge(address(out)) == 719
     assert library.test_load_four(address(aligned), address(aligned)) == 0
     assert library.test_load_four(address(aligned[1:]), address(aligned)) == 716
+
+
+# batch, queries, heads, head dim, added queries, multiprocessors: what each one exercises
+ROWS = {
+    "sd35": (1, 40, 3, 64, 9, 2),  # 16 blocks for more rows than they hold at once: each takes several
+    "pixart": (2, 9, 2, 72, 0, 2),  # 9 packs of a row: 4 threads of 3
+    "wide": (1, 5, 2, 256, 3, 2),  # 32 threads of 2 packs in fp32
+    "odd": (2, 7, 3, 10, 2, 2),  # single elements
+    "one_row": (1, 1, 1, 64, 0, 132),
+}
+
+
+def rows_inputs(name: str, dtype: torch.dtype) -> Inputs:
+    batch, queries, heads, head_dim, added, _ = ROWS[name]
+    generator = torch.Generator().manual_seed(4)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def stream(tokens: int) -> list[Tensor]:
+        return list(normal(batch, tokens, 3, heads, head_dim).unbind(2))  # views of a fused projection
+
+    inputs: Inputs = dict(zip("qkv", stream(queries), strict=True))
+    inputs |= {"q_weight": normal(head_dim), "k_weight": normal(head_dim)}
+    inputs["added"] = (*stream(added), normal(head_dim), normal(head_dim)) if added else None
+    return cast(inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_every_width(name: str, dtype: torch.dtype, machine: Machine) -> None:
+    machine.configure(ROWS[name][-1])
+    inputs = rows_inputs(name, dtype)
+    check_outputs(SPECS["qk_norm"], inputs)
+    check_gradients(SPECS["qk_norm"], inputs)
+
+
+def test_rows_do_not_depend_on_the_order_of_threads(machine: Machine) -> None:
+    spec, inputs, runs = SPECS["qk_norm"], rows_inputs("sd35", torch.float32), []
+    for reverse in (False, False, True):
+        machine.configure(2, reverse)
+        runs.append([*results(spec, spec.function, inputs), *gradients(spec, spec.function, inputs)])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("multiprocessors", (1, 2, 7))
+def test_the_workspace_of_rows_is_as_large_as_it_says(multiprocessors: int, machine: Machine) -> None:
+    """The sums of all blocks lie in it, whatever the parts are and whichever of them have few rows."""
+    machine.configure(multiprocessors)
+    x, weight = torch.randn(1, 400, 2, 8), torch.ones(8)
+    for tokens in ((400, 400, 400, 400), (400, 1, 1, 1), (3, 2, 1)):
+        parts = array("q")
+        kept = [(torch.empty(1, n, 2, 8), torch.empty(8)) for n in tokens]
+        for n, (grad_x, grad_weight) in zip(tokens, kept, strict=True):
+            for rows in (x[:, :n], grad_x, x[:, :n]):
+                parts.extend((rows.data_ptr(), *rows.stride()[:3]))
+            parts.extend((weight.data_ptr(), grad_weight.data_ptr(), n))
+        size = machine.qk_norm_workspace(8)
+        work = torch.full((size + 4096,), 0xA5, dtype=torch.uint8)
+        machine.qk_norm_backward(parts.buffer_info()[0], work.data_ptr(), len(tokens), 1, 2, 8, 1e-6, 0, 0, 0)
+        assert (work[size:] == 0xA5).all()
+        assert not any(tensor.isnan().any() for pair in kept for tensor in pair)
+
+
+def test_a_row_longer_than_a_warp_holds_is_refused(machine: Machine) -> None:
+    with pytest.raises(RuntimeError, match="qk_norm_forward: cudaError 1"):
+        machine.qk_norm_forward(0, 0, 1, 1, 257, 1e-6, 0, 0, 0)

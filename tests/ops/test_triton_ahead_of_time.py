@@ -48,6 +48,13 @@ CASES = {
     "ada_layer_norm": ("sd3_2x4096x1536", "sd35_large_2x4096x2432", "plain", "offset_view"),
     "gated_residual_ada_layer_norm": ("sd3_2x4096x1536", "sd35_large_2x4096x2432", "plain", "no_gate"),
     "residual_layer_norm": ("kolors_2x4096x640", "kolors_2x1024x1280", "plain"),
+    "qk_norm": ("sd35_2x4096+333x24x64", "head_dim_72", "plain", "offset_view"),
+    "qk_norm_attention": (
+        "kolors_cross_2x1024x20x64",
+        "sd35_2x4096+333x24x64",
+        "pixart_self_2x4096x16x72",
+        "plain",
+    ),
 }
 # kernels that read partial sums and rows of channels only
 NARROW = ("_grad_groups_kernel",)
@@ -94,7 +101,7 @@ def _launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
                 column, outputs = spec.columns["triton"], operator.outputs
                 results = column.forward(call)
                 if column.backward is not None:
-                    column.backward(call, results[:outputs], results[outputs:], [True] * operator.tensors)
+                    column.backward(call, results[:outputs], results[operator.first_kept :], [True] * operator.tensors)
                 for kernel, args, options in made:
                     yield f"{spec.name} {case.name} {dtype_name}", kernel, args, options
                 made.clear()

@@ -2,6 +2,7 @@
 #include "cuda/group_norm_silu.cuh"
 #include "cuda/group_norm_silu_backward.cuh"
 #include "cuda/guided_step.cuh"
+#include "cuda/qk_norm.cuh"
 #include "cuda/scale_and_filter.cuh"
 #include "cuda/unscale_and_filter.cuh"
 #include "cuda/unscale_grads.cuh"
@@ -17,6 +18,9 @@ EXPORT(scale_and_filter);
 EXPORT(unscale_and_filter);
 EXPORT(unscale_grads);
 EXPORT(unscale_grads_workspace);
+EXPORT(qk_norm_forward);
+EXPORT(qk_norm_backward);
+EXPORT(qk_norm_workspace);
 
 void configure(int multiprocessors, bool reversed) {
     simt::multiprocessors = multiprocessors;

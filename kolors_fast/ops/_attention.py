@@ -1,0 +1,188 @@
+"""Which attention runs on packed queries, keys and values, and why each other one does not.
+
+The choice is pure: a `Request` in, providers with their reasons out. `ORDER` is all there is to change when a
+measurement says so. It starts from published rates on H100 at head dim 64 and 4096 tokens, in TFLOP/s (figure
+`flash3_fp16_fwd` of Dao-AILab/flash-attention): FlashAttention-3 476, cuDNN 408, a Triton flash attention 400,
+FlashAttention-2 321.
+
+- FlashAttention-3 leads where it is installed: on sm_90, in 16 bit, without a bias.
+- torch's `scaled_dot_product_attention` has the next ones built in and picks among them by itself: cuDNN first on sm_90
+  and sm_100, else FlashAttention-2, and the memory-efficient kernel with a bias or in fp32. Nothing is forced here; a
+  caller's `torch.nn.attention.sdpa_kernel` holds.
+- flash_attn and xformers bring the kernels that a torch built without flash attention lacks.
+- The Triton kernel normalises by itself, so it is a column of the op. It comes before the last resort only: its own
+  rate has not been measured on a GPU yet.
+- math is the same torch function, where it would write out the L x S matrix.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _backends
+
+ORDER: Mapping[str, tuple[str, ...]] = {
+    "cuda": ("flash_attn_3", "sdpa", "flash_attn", "xformers", "triton", "math"),
+    "cpu": ("math",),  # torch's flash attention for CPUs hides behind the same function
+}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Request(NamedTuple):
+    """What the choice depends on."""
+
+    device: str
+    architecture: int  # compute capability as in sm_90; 0 on a CPU
+    dtype: torch.dtype
+    head_dim: int
+    biased: bool
+    bias_needs_gradient: bool
+
+
+Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # q, k, v [B, tokens, H, D], bias [B, S], scale
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One attention: what it cannot do, and how it is called."""
+
+    declines: Callable[[Request], str | None]
+    run: Run
+
+
+def request_of(q: Tensor, key_bias: Tensor | None) -> Request:
+    needs_gradient = key_bias is not None and key_bias.requires_grad and torch.is_grad_enabled()
+    architecture = _architecture(q.device.index or 0) if q.device.type == "cuda" else 0
+    return Request(q.device.type, architecture, q.dtype, q.shape[3], key_bias is not None, needs_gradient)
+
+
+@_backends.once
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def choose(request: Request) -> str:
+    """The first provider that does not decline; the last one of the order never does."""
+    order = ORDER.get(request.device, ("math",))
+    return next(name for name in order if PROVIDERS[name].declines(request) is None)
+
+
+def reasons(request: Request) -> dict[str, str]:
+    """For every provider, in order, either "runs" or the reason why it does not."""
+    chosen, table = choose(request), {}
+    for name in ORDER.get(request.device, ("math",)):
+        reason = PROVIDERS[name].declines(request)
+        other = f"declines: {reason}" if reason else f"could run, but {chosen!r} comes first"
+        table[name] = "runs" if name == chosen else other
+    return table
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale * q @ k^T + key_bias) @ v: [B, L, H, D], by the provider that the inputs choose."""
+    return PROVIDERS[choose(request_of(q, key_bias))].run(q, k, v, key_bias, scale)
+
+
+# ---- torch
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
+    mask = None if key_bias is None else key_bias.to(q.dtype)[:, None, None]  # [B, 1, 1, S]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def _sdpa_declines(request: Request) -> str | None:
+    """What the fused kernels take, by torch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp."""
+    half = request.dtype in _HALF
+    if half and not request.biased and request.head_dim <= 256 and request.architecture >= 80:
+        return None if _flash_in_torch() else "torch was built without flash attention"
+    if request.head_dim % (8 if half else 4) == 0:
+        return None
+    return (
+        f"would write out the L x S matrix: torch has no fused kernel for {request.dtype} heads of {request.head_dim}"
+    )
+
+
+@_backends.once
+def _flash_in_torch() -> bool:
+    return torch.backends.cuda.is_flash_attention_available()
+
+
+# ---- packages that may be installed
+
+
+@_backends.once
+def missing(package: str) -> str | None:
+    """Why `package` cannot be used, or None."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        return f"{package} does not import ({error})"
+    return None
+
+
+def _flash_declines(package: str, architectures: tuple[int, int], request: Request) -> str | None:
+    if reason := missing(package):
+        return reason
+    first, last = architectures
+    if not first <= request.architecture <= last:
+        return f"runs on sm_{first} to sm_{last}, got sm_{request.architecture}"
+    if request.dtype not in _HALF:
+        return f"computes float16 and bfloat16, got {request.dtype}"
+    if request.biased:
+        return "adds no bias to the logits"
+    return None if request.head_dim <= 256 else f"takes heads of up to 256 elements, got {request.head_dim}"
+
+
+def _flash(package: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    found: Any = importlib.import_module(package).flash_attn_func(q, k, v, softmax_scale=scale)
+    out: Tensor = found[0] if isinstance(found, tuple) else found  # the first FlashAttention-3 also returned lse
+    return out
+
+
+def _xformers_declines(request: Request) -> str | None:
+    if reason := missing("xformers.ops"):
+        return reason
+    if request.bias_needs_gradient:
+        return "has no gradient for a bias that all heads and queries share"
+    wide = 8 if request.dtype in _HALF else 4
+    return f"reads rows of whole {wide} elements, got head dim {request.head_dim}" if request.head_dim % wide else None
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
+    bias = None
+    if key_bias is not None:
+        # its rows must begin at multiples of 16 bytes: a slice of a longer one
+        keys = key_bias.shape[1]
+        bias = F.pad(key_bias.to(q.dtype), (0, -keys % 8))[:, None, None, :keys]
+        bias = bias.expand(-1, q.shape[2], q.shape[1], -1)
+    out: Tensor = importlib.import_module("xformers.ops").memory_efficient_attention(q, k, v, bias, scale=scale)
+    return out
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
+    raise AssertionError("the Triton kernel is a column of the op, and is not run on what another one packed")
+
+
+PROVIDERS = {
+    "flash_attn_3": Provider(
+        lambda request: _flash_declines("flash_attn_interface", (90, 90), request),
+        lambda q, k, v, _, scale: _flash("flash_attn_interface", q, k, v, scale),
+    ),
+    "sdpa": Provider(_sdpa_declines, _sdpa),
+    "flash_attn": Provider(
+        lambda request: _flash_declines("flash_attn", (80, 90), request),
+        lambda q, k, v, _, scale: _flash("flash_attn", q, k, v, scale),
+    ),
+    "xformers": Provider(_xformers_declines, _xformers),
+    "triton": Provider(lambda request: _backends.unavailable("triton"), _triton),
+    "math": Provider(lambda request: None, _sdpa),
+}
