@@ -290,6 +290,7 @@ def test_few_keys_stay_on_chip(architecture: int) -> None:
         assert config.few_keys is not None and config.few_keys.keys * (config.tiles - 1) < keys
         assert config.few_keys.keys * config.tiles >= keys
     assert configure(64, 257, 2, architecture).few_keys is None
+    assert configure(64, 5, 4, architecture).few_keys is None  # fp32 has no spare registers
 
 
 def test_few_keys_programs_fill_the_gpu() -> None:
