@@ -9,11 +9,19 @@ namespace {
 struct Silu {
     static constexpr bool kGateFirst = true;
 
-    template <typename T> static KOLORS_FAST_INLINE Floats apply(Floats gate, T) { return gate * sigmoid(gate); }
+    template <typename T> static KOLORS_FAST_INLINE Floats apply(Floats gate, T) {
+        return gate * gate_sigmoid<T>(gate);
+    }
 
     template <typename T> static KOLORS_FAST_INLINE Activated differentiate(Floats gate, T) {
-        const Floats s = sigmoid(gate), value = gate * s;
+        const Floats s = gate_sigmoid<T>(gate), value = gate * s;
         return {value, s + value * (1.0f - s)};
+    }
+
+    // zero where the product with a gate far out, which sigmoid cuts off, would grow again; at -Inf it is NaN, as
+    // defined
+    template <typename T> static KOLORS_FAST_INLINE Floats gate_sigmoid(Floats gate) {
+        return gate < -kSigmoidRange ? Floats{} : sigmoid<T>(gate);
     }
 };
 
