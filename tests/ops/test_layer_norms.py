@@ -290,7 +290,7 @@ def _check_against_reference() -> None:
 
 
 @pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason="the C++ extension is not built")
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "generic"])
 def test_every_instruction_set_agrees(isa: str) -> None:
     environment = {**os.environ, "KOLORS_FAST_CPU_ISA": isa}
     run = [sys.executable, __file__]
