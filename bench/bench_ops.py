@@ -2,8 +2,9 @@
 
     pytest bench/bench_ops.py --benchmark-only
 
-A provider is compared with the reference before it is timed; a wrong one is never timed. Providers take turns. Inputs
-rotate through copies larger than the last-level cache, so that nobody times a cache. `GB/s` counts each tensor once.
+Peers (bench/peers.py) join where they are installed. A provider is compared with the reference before it is timed; a
+wrong one is never timed. Providers take turns. Inputs rotate through copies larger than the last-level cache, so that
+nobody times a cache. `GB/s` counts each tensor once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from peers import PEERS
 from torch import Tensor
 
 from kolors_fast.ops import SPECS, OpSpec, _backends, use_backend
@@ -50,13 +52,19 @@ ON_CPU = (
 )
 
 
-def _cases() -> list[Any]:
+def _providers(spec: OpSpec) -> tuple[str, ...]:
+    return (*PROVIDERS, *PEERS.get(spec.name, ()))
+
+
+def _entries(gradients: bool = False) -> list[Any]:
+    """Every (spec, case, provider)."""
     everywhere = torch.cuda.is_available()
     return [
-        pytest.param(spec, case, id=f"{spec.name}-{case.name}")
+        pytest.param(spec, case, provider, id=f"{spec.name}-{case.name}-{provider}")
         for spec in SPECS.values()
         for case in spec.cases
-        if case.model and (everywhere or case.name in ON_CPU)
+        for provider in _providers(spec)
+        if case.model and (everywhere or case.name in ON_CPU) and (spec.gradients or not gradients)
     ]
 
 
@@ -67,12 +75,28 @@ def _run(spec: OpSpec, name: str, device: str) -> tuple[Callable[..., Any], str 
     if name == "compile":
         torch.compiler.reset()
         return torch.compile(spec.eager, dynamic=False), None
+    if name in PEERS.get(spec.name, ()):
+        return PEERS[spec.name][name], None
     reason = _backends.unavailable(name)
     if reason is None and name == "triton" and device == "cpu":
         reason = "the Triton interpreter is for tests"
     if reason is None and (name == "cpu") != (device == "cpu"):
         reason = f"runs on {name} tensors, benchmarking {device}"
+    if reason is None and name not in spec.columns:
+        reason = "the op has no such column"
     return reason or (spec.function, name)
+
+
+def _judged(spec: OpSpec, name: str, gate: Callable[[], None]) -> str | None:
+    """Why a provider is not timed: a peer may lack, decline or err; what is ours must not."""
+    if name not in PEERS.get(spec.name, ()):
+        gate()
+        return None
+    try:
+        gate()
+    except (ImportError, NotImplementedError, RuntimeError, AssertionError) as error:
+        return f"{name}: {str(error).strip().splitlines()[0]}"
+    return None
 
 
 def _all(outputs: Any) -> tuple[Tensor, ...]:
@@ -86,11 +110,10 @@ def _cold(inputs: Inputs) -> itertools.cycle[Inputs]:
     return itertools.cycle(clones)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("spec", "case", "provider"), _entries())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("spec", "case"), _cases())
 def test_forward(
-    race: Any, benchmark: Any, spec: OpSpec, case: Case, dtype: torch.dtype, provider: str, device: str
+    race: Any, benchmark: Any, roof: Any, spec: OpSpec, case: Case, dtype: torch.dtype, provider: str, device: str
 ) -> None:
     inputs = cast(case.make(torch.Generator().manual_seed(0)), dtype, device)
 
@@ -103,24 +126,26 @@ def test_forward(
             if isinstance(found, str):
                 return found
             run, backend = found
-            with torch.no_grad(), use_backend(backend):
-                ours = [y.float() for y in _all(run(**inputs))]
-            torch.testing.assert_close(ours, truth, rtol=16 * epsilon, atol=16 * epsilon)
-            return lambda: run(**next(cold)), backend
 
-        return {name: enter(name) for name in PROVIDERS}
+            def gate() -> None:
+                with torch.no_grad(), use_backend(backend):
+                    ours = [y.float() for y in _all(run(**inputs))]
+                torch.testing.assert_close(ours, truth, rtol=16 * epsilon, atol=16 * epsilon)
 
-    race(f"{spec.name} {case.name} {dtype} forward", provider, line_up, rounds=15)
-    _report_bandwidth(benchmark, spec.bytes_moved(inputs))
+            return _judged(spec, name, gate) or (lambda: run(**next(cold)), backend)
+
+        return {name: partial(enter, name) for name in _providers(spec)}
+
+    race(f"{spec.name} {case.name} {dtype} forward", provider, line_up, rounds=15, memory=True)
+    _report(benchmark, roof, spec.bytes_moved(inputs), spec.flops(inputs), dtype)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize(("spec", "case"), [p for p in _cases() if p.values[0].gradients])
-def test_backward(race: Any, benchmark: Any, spec: OpSpec, case: Case, provider: str, device: str) -> None:
+@pytest.mark.parametrize(("spec", "case", "provider"), _entries(gradients=True))
+def test_backward(race: Any, benchmark: Any, roof: Any, spec: OpSpec, case: Case, provider: str, device: str) -> None:
     inputs = cast(case.make(torch.Generator().manual_seed(0)), torch.float32, device)
 
     def line_up() -> dict[str, Any]:
-        leaves = [inputs[n].requires_grad_() for n in spec.gradients if isinstance(inputs.get(n), Tensor)]
+        leaves = [t.requires_grad_() for n in spec.gradients for t in tensors(inputs.get(n))]
         outputs = _all(spec.reference(**inputs))
         seeds = [torch.randn_like(y) for y in outputs]
         truth = torch.autograd.grad(outputs, leaves, seeds)
@@ -135,16 +160,21 @@ def test_backward(race: Any, benchmark: Any, spec: OpSpec, case: Case, provider:
                 return torch.autograd.grad(outputs, leaves, seeds, retain_graph=True)
 
             with use_backend(backend):
-                outputs = _all(run(**inputs))
-                for ours, true in zip(once(), truth, strict=True):
-                    torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-4 * true.abs().max().item())
-            return once, backend
+                outputs: tuple[Tensor, ...] = ()
 
-        return {name: enter(name) for name in PROVIDERS}
+                def gate() -> None:
+                    nonlocal outputs
+                    outputs = _all(run(**inputs))
+                    for ours, true in zip(once(), truth, strict=True):
+                        torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-4 * true.abs().max().item())
+
+                return _judged(spec, name, gate) or (once, backend)
+
+        return {name: partial(enter, name) for name in _providers(spec)}
 
     race(f"{spec.name} {case.name} float32 backward", provider, line_up, rounds=15)
-    # the inputs and the gradient are read, the input's gradient is written
-    _report_bandwidth(benchmark, spec.bytes_moved(inputs) * 3 // 2)
+    # the inputs and the gradient are read, the input's gradient is written; twice the forward pass' arithmetic
+    _report(benchmark, roof, spec.bytes_moved(inputs) * 3 // 2, 2 * spec.flops(inputs), torch.float32)
 
 
 @pytest.mark.parametrize("provider", ["eager", "cpu", "cuda", "triton"])
@@ -158,8 +188,8 @@ def test_host_overhead(race: Any, spec: OpSpec, differentiated: bool, provider: 
     case = next(c for c in spec.cases if c.name == "plain")
     inputs = cast(case.make(torch.Generator().manual_seed(0)), torch.float32, device)
     for name in spec.gradients if differentiated else ():
-        if isinstance(inputs.get(name), Tensor):
-            inputs[name].requires_grad_()
+        for leaf in tensors(inputs.get(name)):
+            leaf.requires_grad_()
 
     def enter(name: str) -> Any:
         found = _run(spec, name, device)
@@ -167,9 +197,14 @@ def test_host_overhead(race: Any, spec: OpSpec, differentiated: bool, provider: 
 
     names = ("eager", "cpu", "cuda", "triton")
     group = f"{spec.name} host overhead" + (", differentiated" if differentiated else "")
-    race(group, provider, lambda: {n: enter(n) for n in names}, rounds=50, iterations=200, grad=differentiated)
+    race(group, provider, lambda: {n: partial(enter, n) for n in names}, rounds=50, iterations=200, grad=differentiated)
 
 
-def _report_bandwidth(benchmark: Any, moved: int) -> None:
+def _report(benchmark: Any, roof: Any, moved: int, flops: int, dtype: torch.dtype) -> None:
+    """What is moved a second, and the share of what this machine could do at best: the least time that its measured
+    copy and matrix product allow, over the time taken."""
     if benchmark.stats is not None:
-        benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 2)
+        seconds = benchmark.stats.stats.median
+        bandwidth, arithmetic = roof(dtype)
+        benchmark.extra_info["GB/s"] = round(moved / seconds / 1e9, 2)
+        benchmark.extra_info["roofline"] = round(max(moved / bandwidth, flops / arithmetic) / seconds, 3)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import kolors_fast
 from kolors_fast.ops import _backends, use_backend
+
+sys.path.insert(0, os.path.dirname(__file__))  # peers.py, which importmode=importlib does not find
 
 # glibc's M_MMAP_MAX and M_TRIM_THRESHOLD: freed memory stays with the process, as it does with PyTorch's allocator on a
 # GPU. Else a result of 42 MB is fresh pages in some calls and old ones in others: 17 or 5 ms for the same kernel.
@@ -22,6 +27,11 @@ for parameter, value in ((-4, 0), (-1, -1)):
 
 # what a provider calls and the backend that is forced meanwhile; or why it cannot run
 Provider = tuple[Callable[[], Any], str | None] | str
+SELECTED: set[str] = set()  # providers that this run asks for: the others are not even built
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    SELECTED.update(item.callspec.params.get("provider", "") for item in session.items if hasattr(item, "callspec"))
 
 
 class Clock:
@@ -39,6 +49,7 @@ class Clock:
 
 CLOCK = Clock()
 WARMUP = 3
+_PEAK: dict[str, int] = {}  # provider -> bytes, of the last group
 _LAST: dict[str, dict[str, list[float] | str]] = {}  # group -> provider -> seconds of each round, or why it cannot run
 
 
@@ -66,6 +77,26 @@ def take_turns(
     return {**reasons, **{name: seconds[WARMUP:] for name, seconds in times.items()}}
 
 
+def peak_bytes(call: Callable[[], Any], backend: str | None) -> int:
+    """The most memory that one call holds besides its inputs, its result included."""
+    with torch.no_grad(), use_backend(backend):
+        call()
+        if torch.cuda.is_available():
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            return torch.cuda.max_memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            result = call()
+        del result
+    held = most = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -78,14 +109,24 @@ def race(benchmark: Any) -> Callable[..., None]:
     def report(
         group: str,
         provider: str,
-        line_up: Callable[[], dict[str, Provider]],
+        line_up: Callable[[], dict[str, Provider | Callable[[], Provider]]],
         rounds: int,
         iterations: int = 1,
         grad: bool = False,
+        memory: bool = False,
     ) -> None:
         if group not in _LAST:
             _LAST.clear()
-            _LAST[group] = take_turns(line_up(), rounds, iterations, grad)
+            _PEAK.clear()
+            entered: dict[str, Provider] = {}
+            for name, entry in line_up().items():
+                if not callable(entry):
+                    entered[name] = entry
+                elif name in SELECTED:
+                    entered[name] = entry()
+            if memory:
+                _PEAK.update({n: peak_bytes(*e) for n, e in entered.items() if not isinstance(e, str)})
+            _LAST[group] = take_turns(entered, rounds, iterations, grad)
         times = _LAST[group][provider]
         if isinstance(times, str):
             pytest.skip(times)  # the reason why it cannot run
@@ -95,6 +136,8 @@ def race(benchmark: Any) -> Callable[..., None]:
         # over the group's first provider, round by round
         speedup = statistics.median(theirs / ours for theirs, ours in zip(first, times, strict=True))
         benchmark.extra_info["speedup"] = round(speedup, 3)
+        if provider in _PEAK:
+            benchmark.extra_info["peak MB"] = round(_PEAK[provider] / 1e6, 3)
         benchmark.pedantic(CLOCK.advance, setup=lambda: ((next(replay),), {}), rounds=len(times))
 
     return report
@@ -123,3 +166,31 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
 @pytest.fixture(scope="session")
 def device() -> str:
     return os.environ.get("KOLORS_FAST_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def roof(device: str) -> Callable[[torch.dtype], tuple[float, float]]:
+    """dtype -> bytes copied (read and written) and operations of a matrix product, each a second, measured here."""
+
+    def best(call: Callable[[], Any], rounds: int) -> float:
+        times = []
+        for _ in range(rounds):
+            _synchronise()
+            start = time.perf_counter()
+            call()
+            _synchronise()
+            times.append(time.perf_counter() - start)
+        return min(times[2:])
+
+    size = 1 << (28 if device == "cuda" else 26)
+    source = torch.ones(size, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / best(partial(target.copy_, source), 12)
+
+    @cache
+    def of(dtype: torch.dtype) -> tuple[float, float]:
+        side = 8192 if device == "cuda" else 1024
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        return bandwidth, 2 * side**3 / best(lambda: a @ b, 12)
+
+    return of
