@@ -11,6 +11,7 @@ the results are compared with, when a change is meant:
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -74,21 +75,25 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
-def _launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
-    """(op case dtype, kernel, arguments, options) of everything that the Triton columns launch, on 132 SMs."""
+def _launches() -> Iterator[tuple[str, int, Any, tuple[Any, ...], dict[str, Any]]]:
+    """(op case dtype, architecture, kernel, arguments, options) of all that the Triton columns launch, on 132 SMs."""
     import kolors_fast.kernels
     import triton
 
     made: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    for found in pkgutil.iter_modules(kolors_fast.kernels.__path__):
-        module = importlib.import_module(f"kolors_fast.kernels.{found.name}")
+    names_of_modules = [found.name for found in pkgutil.iter_modules(kolors_fast.kernels.__path__)]
+    modules: list[Any] = [importlib.import_module(f"kolors_fast.kernels.{name}") for name in names_of_modules]
+    for module in modules:
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 setattr(module, name, Recorder(value, made))
         if hasattr(module, "multiprocessors"):
             module.multiprocessors = lambda device: 132
 
-    for spec in SPECS.values():
+    for architecture, spec in itertools.product(ARCHITECTURES, SPECS.values()):
+        for module in modules:
+            if hasattr(module, "architecture"):
+                module.architecture = lambda device, found=architecture: found
         operator = importlib.import_module(f"kolors_fast.ops.{spec.name}")._operator
         names = CASES.get(spec.name) or [c.name for c in spec.cases if c.model or c.name in ("plain", "offset_view")]
         # real shapes first: what several cases compile to goes by the name of the first
@@ -103,7 +108,7 @@ def _launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
                 if column.backward is not None:
                     column.backward(call, results[:outputs], results[operator.first_kept :], [True] * operator.tensors)
                 for kernel, args, options in made:
-                    yield f"{spec.name} {case.name} {dtype_name}", kernel, args, options
+                    yield f"{spec.name} {case.name} {dtype_name}", architecture, kernel, args, options
                 made.clear()
 
 
@@ -166,24 +171,23 @@ def _compile_all() -> dict[str, Row]:
     from triton.backends.compiler import GPUTarget
 
     jobs, seen = [], set()
-    for name, kernel, args, options in _launches():
+    for name, architecture, kernel, args, options in _launches():
         source = _source(kernel, args, options)
         settings = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
-        if (source.hash(), str(settings)) not in seen:
-            seen.add((source.hash(), str(settings)))
-            jobs.append((f"{name} {kernel.__name__}", source, settings))
+        if (variant := (source.hash(), str(settings), architecture)) not in seen:
+            seen.add(variant)
+            jobs.append((f"{name} {kernel.__name__}", architecture, source, settings))
+    assert len({job[:2] for job in jobs}) == len(jobs), "two launches of a case share a name"
 
-    def compile_one(job: tuple[str, Any, dict[str, int]]) -> tuple[str, Row]:
-        name, source, settings = job
-        return name, {
-            f"sm_{a}": _resources(triton.compile(source, target=GPUTarget("cuda", a, 32), options=settings))
-            for a in ARCHITECTURES
-        }
+    def compile_one(job: tuple[str, int, Any, dict[str, int]]) -> list[int]:
+        _, architecture, source, settings = job
+        return _resources(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=settings))
 
+    rows: dict[str, Row] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # ptxas runs outside the interpreter's lock
-        rows = list(pool.map(compile_one, jobs))
-    assert len({name for name, _ in rows}) == len(rows), "two launches of a case share a name"
-    return dict(rows)
+        for (name, architecture, *_), found in zip(jobs, pool.map(compile_one, jobs), strict=True):
+            rows.setdefault(name, {})[f"sm_{architecture}"] = found
+    return rows
 
 
 # ---- the tests
