@@ -455,8 +455,9 @@ def test_scaling_calls_that_cannot_be_raise(machine: Machine) -> None:
     with pytest.raises(RuntimeError, match="unscale_and_filter"):
         machine.unscale_and_filter(0, 0, 0, 0, 8, 1, 2, 0, 0)  # add is neither float32 nor like x
     for entry in ([0, -1, 0], [0, 8, 3]):
+        table = torch.tensor(entry)
         with pytest.raises(RuntimeError, match="unscale_grads"):
-            machine.unscale_grads(torch.tensor(entry).data_ptr(), 0, 0, 0, 0, 1, 0, 0)
+            machine.unscale_grads(table.data_ptr(), 0, 0, 0, 0, 1, 0, 0)
 
 
 # ---- the grid: pure functions, no kernel runs
