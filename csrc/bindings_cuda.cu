@@ -5,6 +5,8 @@
 #include <string>
 
 #include "common/bindings.h"
+#include "cuda/ada_layer_norm.cuh"
+#include "cuda/gated_residual_ada_layer_norm.cuh"
 #include "cuda/group_norm_silu.cuh"
 #include "cuda/group_norm_silu_backward.cuh"
 #include "cuda/guided_step.cuh"
@@ -43,6 +45,24 @@ PYBIND11_MODULE(_cuda, m) {
            "workspace", "n", "c", "c_skip", "hw", "groups", "silu", "channels_last", "dtype", "weight_dtype", "stream");
     define(m, "guided_step", &kolors_fast::guided_step, "sample", "predictions", "weights", "coefficients", "row",
            "previous", "noise", "out", "denoised", "numel", "num_predictions", "dtype", "stream");
+    define(m, "ada_layer_norm_forward", &kolors_fast::ada_layer_norm_forward, "x", "scale", "shift", "out",
+           "statistics", "batch", "rows", "d", "scale_stride", "shift_stride", "eps", "dtype", "parameter_dtype",
+           "stream");
+    define(m, "ada_layer_norm_backward", &kolors_fast::ada_layer_norm_backward, "grad_out", "x", "scale", "statistics",
+           "grad_x", "grad_scale", "grad_shift", "workspace", "batch", "rows", "d", "scale_stride", "dtype",
+           "parameter_dtype", "stream");
+    define(m, "gated_residual_ada_layer_norm_forward", &kolors_fast::gated_residual_ada_layer_norm_forward, "x", "y",
+           "gate", "scale", "shift", "r", "out", "statistics", "batch", "rows", "d", "gate_stride", "scale_stride",
+           "shift_stride", "eps", "dtype", "parameter_dtype", "stream");
+    define(m, "gated_residual_ada_layer_norm_backward", &kolors_fast::gated_residual_ada_layer_norm_backward, "grad_r",
+           "grad_out", "r", "y", "gate", "scale", "statistics", "grad_x", "grad_y", "grad_gate", "grad_scale",
+           "grad_shift", "workspace", "batch", "rows", "d", "gate_stride", "scale_stride", "dtype", "parameter_dtype",
+           "stream");
+    m.def("ada_layer_norm_workspace", &kolors_fast::ada_layer_norm_workspace, py::arg("batch"), py::arg("rows"),
+          py::arg("d"),
+          "Bytes of workspace that a backward pass on the current device needs; its contents do not matter.");
+    m.def("gated_residual_ada_layer_norm_workspace", &kolors_fast::gated_residual_ada_layer_norm_workspace,
+          py::arg("batch"), py::arg("rows"), py::arg("d"), "As ada_layer_norm_workspace, with the sums for the gate.");
     m.def("group_norm_silu_workspace", &kolors_fast::group_norm_silu_workspace, py::arg("n"), py::arg("c_total"),
           py::arg("hw"), py::arg("groups"), py::arg("channels_last"), py::arg("backward"),
           "Bytes of workspace that a call on the current device needs; its contents do not matter.");

@@ -6,15 +6,13 @@
 #pragma once
 
 #include "common/arguments.h"
+#include "common/division.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
 
 namespace kolors_fast {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int kThreads = 256;
 // blocks that fit one SM at the register counts which the launch bounds allow

@@ -8,13 +8,9 @@ that a fixed order of threads cannot show (both orders are run).
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,93 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_fast.ops import SPECS, OpSpec, _backends, use_backend
+from kolors_fast.ops import SPECS, OpSpec
 from kolors_fast.ops._spec import Case, Inputs, cast, map_tensors, tensors
 
-ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-POINTER, INT64, INT, BOOL, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_bool, ctypes.c_double
-SIGNATURES: dict[str, list[Any]] = {
-    "group_norm_silu_forward": [*[POINTER] * 9, *[INT64] * 5, DOUBLE, BOOL, BOOL, INT, INT, POINTER],
-    "group_norm_silu_backward": [*[POINTER] * 14, *[INT64] * 5, BOOL, BOOL, INT, INT, POINTER],
-    "guided_step": [*[POINTER] * 9, INT64, INT, INT, POINTER],
-    "scale_and_filter": [*[POINTER] * 3, INT64, INT, INT, POINTER],
-    "unscale_and_filter": [*[POINTER] * 4, INT64, INT, INT, INT, POINTER],
-    "unscale_grads": [*[POINTER] * 5, INT64, INT64, POINTER],
-    "qk_norm_forward": [POINTER, INT, *[INT64] * 3, DOUBLE, INT, INT, POINTER],
-    "qk_norm_backward": [POINTER, POINTER, INT, *[INT64] * 3, DOUBLE, INT, INT, POINTER],
-}
-
-
-class Machine:
-    """The launchers with the calling convention of kolors_fast._cuda: addresses as integers, an error raises."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.library = library
-        for name, arguments in SIGNATURES.items():
-            setattr(self, name, self._launcher(name, arguments))
-        workspace = ctypes.CFUNCTYPE(INT64, *[INT64] * 4, BOOL, BOOL)
-        self.group_norm_silu_workspace = workspace(self._address("group_norm_silu_workspace"))
-        workspace = ctypes.CFUNCTYPE(INT64, POINTER, INT64)
-        self.unscale_grads_workspace = workspace(self._address("unscale_grads_workspace"))
-        self.qk_norm_workspace = ctypes.CFUNCTYPE(INT64, INT64)(self._address("qk_norm_workspace"))
-        self.configure(2)
-
-    def configure(self, multiprocessors: int, reverse: bool = False) -> None:
-        """How large a GPU the launchers see, and whether threads and blocks run from the last to the first."""
-        self.library.configure(multiprocessors, reverse)
-
-    def plan(self, n: int, c: int, hw: int, groups: int, last: bool, vector: int, backward: bool, sms: int) -> Any:
-        names = ("blocks", "threads", "chunks", "rows", "slices", "slice_channels", "parts", "columns", "row_lanes")
-        fields = (INT64 * len(names))()
-        arguments = [*map(INT64, (n, c, hw, groups)), BOOL(last), vector, BOOL(backward), sms, fields]
-        self.library.group_norm_plan(*arguments)
-        return dict(zip(names, fields, strict=True))
-
-    def _address(self, name: str) -> int:
-        return POINTER.in_dll(self.library, name).value or 0
-
-    def _launcher(self, name: str, arguments: list[Any]) -> Callable[..., None]:
-        launch = ctypes.CFUNCTYPE(INT, *arguments)(self._address(name))
-
-        def call(*values: Any) -> None:
-            if code := launch(*values):
-                raise RuntimeError(f"{name}: cudaError {code}")
-
-        return call
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("the SIMT machine needs g++, which is not on PATH")
-    target = tmp_path_factory.mktemp("simt") / "simt.so"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered"]
-    # longjmp between fibres is what the fortified longjmp forbids
-    flags += ["-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-shared", "-fPIC"]
-    flags += os.environ.get("KOLORS_FAST_TEST_SIMT_FLAGS", "").split()  # of .ci/sanitize
-    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/simt'}"]
-    sources = [str(ROOT / "tests/simt" / name) for name in ("kernels.cpp", "self_test.cpp")]
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # of .ci/sanitize too
-    command = [compiler, *flags, *sources, "-o", str(target)]
-    built = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert built.returncode == 0, built.stderr
-    return ctypes.CDLL(str(target))
-
-
-@pytest.fixture
-def machine(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """The CUDA launchers behind the public ops; everything they are given to write holds NaN before."""
-    machine = Machine(library)
-    monkeypatch.setattr(_backends, "extension", lambda name: machine)
-    monkeypatch.setattr(_backends, "unavailable", lambda backend: None)  # cached: keep the stand-in out of it
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(4).isnan().all() and (torch.empty(4, dtype=torch.uint8) == 255).all()
-    with use_backend("cpu"):
-        yield machine
-    torch.use_deterministic_algorithms(False)
 
 
 def small_cases() -> list[Any]:
@@ -163,13 +76,13 @@ def check_gradients(spec: OpSpec, inputs: Inputs) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("spec", "case"), small_cases())
-def test_forward_against_float64(spec: OpSpec, case: Case, dtype: torch.dtype, machine: Machine) -> None:
+def test_forward_against_float64(spec: OpSpec, case: Case, dtype: torch.dtype, machine: Any) -> None:
     check_outputs(spec, build(case, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("spec", "case"), [p for p in small_cases() if p.values[0].gradients])
-def test_backward_against_float64(spec: OpSpec, case: Case, dtype: torch.dtype, machine: Machine) -> None:
+def test_backward_against_float64(spec: OpSpec, case: Case, dtype: torch.dtype, machine: Any) -> None:
     check_gradients(spec, build(case, dtype))
 
 
@@ -211,7 +124,7 @@ def geometry_inputs(name: str, dtype: torch.dtype, channels_last: bool, mean: fl
 
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "planes"))
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_geometries(name: str, channels_last: bool, machine: Machine) -> None:
+def test_geometries(name: str, channels_last: bool, machine: Any) -> None:
     machine.configure(GEOMETRIES[name][-1])
     for dtype in (torch.float32, torch.bfloat16):
         inputs = geometry_inputs(name, dtype, channels_last)
@@ -221,7 +134,7 @@ def test_geometries(name: str, channels_last: bool, machine: Machine) -> None:
 
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "planes"))
 @pytest.mark.parametrize("name", ("kolors_320", "vae_128", "many_chunks", "one_group"))
-def test_a_large_mean_does_not_cancel(name: str, channels_last: bool, machine: Machine) -> None:
+def test_a_large_mean_does_not_cancel(name: str, channels_last: bool, machine: Any) -> None:
     """Mean 1e4 with deviation 1 leaves three digits in fp32; E[x^2] - E[x]^2 would leave none."""
     machine.configure(GEOMETRIES[name][-1])
     inputs = geometry_inputs(name, torch.float32, channels_last, mean=1e4)
@@ -234,7 +147,7 @@ def test_a_large_mean_does_not_cancel(name: str, channels_last: bool, machine: M
 
 
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "planes"))
-def test_a_huge_constant_has_no_variance(channels_last: bool, machine: Machine) -> None:
+def test_a_huge_constant_has_no_variance(channels_last: bool, machine: Any) -> None:
     """2^66 is exact in every sum here, and its square is not finite in fp32."""
     inputs = geometry_inputs("vae_128", torch.float32, channels_last) | {"channel_add": None, "activation": None}
     inputs["x"].fill_(2.0**66)
@@ -244,7 +157,7 @@ def test_a_huge_constant_has_no_variance(channels_last: bool, machine: Machine) 
 
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "planes"))
 @pytest.mark.parametrize("name", ("kolors_960", "vae_128", "many_chunks", "one_group", "instance_norm_like"))
-def test_bits_do_not_depend_on_the_order_of_threads(name: str, channels_last: bool, machine: Machine) -> None:
+def test_bits_do_not_depend_on_the_order_of_threads(name: str, channels_last: bool, machine: Any) -> None:
     """Twice forward, then with all threads and blocks in reverse: a missing barrier or an unordered sum shows."""
     spec, runs = SPECS["group_norm_silu"], []
     inputs = geometry_inputs(name, torch.float32, channels_last)
@@ -257,7 +170,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(name: str, channels_last: bo
 
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "planes"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_views_at_every_offset(dtype: torch.dtype, channels_last: bool, machine: Machine) -> None:
+def test_views_at_every_offset(dtype: torch.dtype, channels_last: bool, machine: Any) -> None:
     """Every tensor, outputs included, starts 0 to 8 elements past an aligned address, between sentinels."""
     n, c, c_skip, hw, groups = 1, 16, 8, 16, 3
     total, code = c + c_skip, DTYPES.index(dtype)
@@ -300,7 +213,7 @@ def at_offset(value: Tensor, offset: int) -> Tensor:
 
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "planes"))
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_the_workspace_is_as_large_as_it_says(name: str, channels_last: bool, machine: Machine) -> None:
+def test_the_workspace_is_as_large_as_it_says(name: str, channels_last: bool, machine: Any) -> None:
     """Whatever vector width the addresses lead to, nothing past the announced bytes is written."""
     n, c, c_skip, hw, groups, multiprocessors = GEOMETRIES[name]
     machine.configure(multiprocessors)
@@ -323,7 +236,7 @@ def test_the_workspace_is_as_large_as_it_says(name: str, channels_last: bool, ma
 
 
 @pytest.mark.parametrize("channels_last", (True, False), ids=("channels_last", "planes"))
-def test_one_gradient_alone_has_the_bits_of_all(channels_last: bool, machine: Machine) -> None:
+def test_one_gradient_alone_has_the_bits_of_all(channels_last: bool, machine: Any) -> None:
     spec = SPECS["group_norm_silu"]
     inputs = geometry_inputs("seam_not_on_a_word", torch.float32, channels_last)
     together = dict(zip(spec.gradients, gradients(spec, spec.function, inputs), strict=True))
@@ -332,7 +245,7 @@ def test_one_gradient_alone_has_the_bits_of_all(channels_last: bool, machine: Ma
         assert torch.equal(alone[0], together[name]), name
 
 
-def test_absent_weight_and_bias_are_the_identity(machine: Machine) -> None:
+def test_absent_weight_and_bias_are_the_identity(machine: Any) -> None:
     x, grad = torch.randn(2, 12, 10), torch.randn(2, 12, 10)
     mean, rstd, y, grad_x = torch.empty(2, 3), torch.empty(2, 3), torch.empty(2, 12, 10), torch.empty(2, 12, 10)
     work = torch.empty(machine.group_norm_silu_workspace(2, 12, 10, 3, False, True))
@@ -347,7 +260,7 @@ def test_absent_weight_and_bias_are_the_identity(machine: Machine) -> None:
     torch.testing.assert_close(grad_x, torch.autograd.grad(F.group_norm(x, 3), x, grad)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_an_empty_batch_has_zero_parameter_gradients(machine: Machine) -> None:
+def test_an_empty_batch_has_zero_parameter_gradients(machine: Any) -> None:
     grads = torch.full((2, 6), float("nan"))
     p = [g.data_ptr() for g in grads]
     machine.group_norm_silu_backward(*[0] * 10, p[0], p[1], 0, 0, 0, 6, 0, 4, 2, True, True, 0, 0, 0)
@@ -360,7 +273,7 @@ def test_an_empty_batch_has_zero_parameter_gradients(machine: Machine) -> None:
     "change",
     ({"groups": 5}, {"groups": 0}, {"hw": 2**31}, {"dtype": 3, "weight_dtype": 3}, {"weight_dtype": 2}, {"c_skip": -1}),
 )
-def test_a_call_that_cannot_be_raises(change: dict[str, int], machine: Machine) -> None:
+def test_a_call_that_cannot_be_raises(change: dict[str, int], machine: Any) -> None:
     given = {"n": 1, "c": 12, "c_skip": 0, "hw": 4, "groups": 3, "dtype": 1, "weight_dtype": 1} | change
     sizes = [given[k] for k in ("n", "c", "c_skip", "hw", "groups")]
     with pytest.raises(RuntimeError, match="group_norm_silu_forward"):
@@ -374,7 +287,7 @@ def test_a_call_that_cannot_be_raises(change: dict[str, int], machine: Machine) 
 
 @pytest.mark.parametrize("target", DTYPES, ids=str)
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-def test_scaling_at_every_offset(source: torch.dtype, target: torch.dtype, machine: Machine) -> None:
+def test_scaling_at_every_offset(source: torch.dtype, target: torch.dtype, machine: Any) -> None:
     """Whole words, the elements after the last, and tensors that start between words; with sentinels around."""
     codes, scale = (DTYPES.index(source), DTYPES.index(target)), torch.tensor(2.0**3.5)
     for size in (1, 8, 2 * 2048 + 13):
@@ -396,7 +309,7 @@ def test_scaling_at_every_offset(source: torch.dtype, target: torch.dtype, machi
                 assert torch.equal(output[offset : offset + size], want.to(target))
 
 
-def unscale_on(machine: Machine, grads: list[Tensor], scales: Tensor) -> tuple[Tensor, Tensor]:
+def unscale_on(machine: Any, grads: list[Tensor], scales: Tensor) -> tuple[Tensor, Tensor]:
     """Straight through the launcher, with sentinels after the workspace."""
     table = torch.tensor([[g.data_ptr(), g.numel(), DTYPES.index(g.dtype)] for g in grads])
     size = machine.unscale_grads_workspace(table.data_ptr(), len(grads))
@@ -409,7 +322,7 @@ def unscale_on(machine: Machine, grads: list[Tensor], scales: Tensor) -> tuple[T
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_unscaled_lists_at_every_offset(dtype: torch.dtype, machine: Machine) -> None:
+def test_unscaled_lists_at_every_offset(dtype: torch.dtype, machine: Any) -> None:
     """A full chunk and a rest, wherever they start: the sum has one order, so one result."""
     size, norms = 16384 + 2048 + 13, set()
     values = torch.randn(size, generator=torch.Generator().manual_seed(5)).to(dtype)
@@ -424,7 +337,7 @@ def test_unscaled_lists_at_every_offset(dtype: torch.dtype, machine: Machine) ->
     assert len(norms) == 1 and abs(norms.pop() - truth) <= 20 * 2**-24 * truth
 
 
-def test_unscaled_lists_do_not_depend_on_the_order_of_threads(machine: Machine) -> None:
+def test_unscaled_lists_do_not_depend_on_the_order_of_threads(machine: Any) -> None:
     """Three launches of up to 160 tensors; blocks find theirs among empty ones, forwards and in reverse."""
     generator, runs = torch.Generator().manual_seed(6), []
     sizes = [0, *((11 * i) % 40 for i in range(400)), 0]
@@ -446,7 +359,7 @@ def test_unscaled_lists_do_not_depend_on_the_order_of_threads(machine: Machine) 
     assert nonfinite.nonzero().flatten().tolist() == [160, 333] and not norm.isfinite()
 
 
-def test_scaling_calls_that_cannot_be_raise(machine: Machine) -> None:
+def test_scaling_calls_that_cannot_be_raise(machine: Any) -> None:
     for numel, source, target in ((-1, 0, 0), (8, 3, 0), (8, 0, -1)):
         with pytest.raises(RuntimeError, match="scale_and_filter"):
             machine.scale_and_filter(0, 0, 0, numel, source, target, 0)
@@ -473,7 +386,7 @@ REAL_SHAPES = [
 @pytest.mark.parametrize("backward", (False, True), ids=("forward", "backward"))
 @pytest.mark.parametrize("last", (True, False), ids=("channels_last", "planes"))
 @pytest.mark.parametrize("shape", REAL_SHAPES, ids=str)
-def test_real_shapes_fill_the_gpu(shape: tuple[int, int, int], last: bool, backward: bool, machine: Machine) -> None:
+def test_real_shapes_fill_the_gpu(shape: tuple[int, int, int], last: bool, backward: bool, machine: Any) -> None:
     """One wave of blocks, nearly full; only where a thread would get less than four loads may it be less."""
     n, c, hw = shape
     for sms in (108, 132, 148):
@@ -490,7 +403,7 @@ def test_real_shapes_fill_the_gpu(shape: tuple[int, int, int], last: bool, backw
 
 
 @pytest.mark.parametrize("last", (True, False), ids=("channels_last", "planes"))
-def test_plans_cover_every_element_once(last: bool, machine: Machine) -> None:
+def test_plans_cover_every_element_once(last: bool, machine: Any) -> None:
     shapes = [(n, c + s, hw, g) for n, c, s, hw, g, _ in GEOMETRIES.values()]
     for n, c, hw, groups in shapes + [(2, c, hw, 32) for _, c, hw in REAL_SHAPES]:
         for vector in (1, 4, 8):
@@ -513,7 +426,7 @@ def test_plans_cover_every_element_once(last: bool, machine: Machine) -> None:
 
 
 def address(tensor: Tensor) -> Any:
-    return POINTER(tensor.data_ptr())
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def test_the_machine_rounds_as_torch_does(library: ctypes.CDLL) -> None:
@@ -579,14 +492,14 @@ def rows_inputs(name: str, dtype: torch.dtype) -> Inputs:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_of_every_width(name: str, dtype: torch.dtype, machine: Machine) -> None:
+def test_rows_of_every_width(name: str, dtype: torch.dtype, machine: Any) -> None:
     machine.configure(ROWS[name][-1])
     inputs = rows_inputs(name, dtype)
     check_outputs(SPECS["qk_norm"], inputs)
     check_gradients(SPECS["qk_norm"], inputs)
 
 
-def test_rows_do_not_depend_on_the_order_of_threads(machine: Machine) -> None:
+def test_rows_do_not_depend_on_the_order_of_threads(machine: Any) -> None:
     spec, inputs, runs = SPECS["qk_norm"], rows_inputs("sd35", torch.float32), []
     for reverse in (False, False, True):
         machine.configure(2, reverse)
@@ -596,7 +509,7 @@ def test_rows_do_not_depend_on_the_order_of_threads(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("multiprocessors", (1, 2, 7))
-def test_the_workspace_of_rows_is_as_large_as_it_says(multiprocessors: int, machine: Machine) -> None:
+def test_the_workspace_of_rows_is_as_large_as_it_says(multiprocessors: int, machine: Any) -> None:
     """The sums of all blocks lie in it, whatever the parts are and whichever of them have few rows."""
     machine.configure(multiprocessors)
     x, weight = torch.randn(1, 400, 2, 8), torch.ones(8)
@@ -614,6 +527,6 @@ def test_the_workspace_of_rows_is_as_large_as_it_says(multiprocessors: int, mach
         assert not any(tensor.isnan().any() for pair in kept for tensor in pair)
 
 
-def test_a_row_longer_than_a_warp_holds_is_refused(machine: Machine) -> None:
+def test_a_row_longer_than_a_warp_holds_is_refused(machine: Any) -> None:
     with pytest.raises(RuntimeError, match="qk_norm_forward: cudaError 1"):
         machine.qk_norm_forward(0, 0, 1, 1, 257, 1e-6, 0, 0, 0)

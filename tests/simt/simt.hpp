@@ -101,6 +101,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
     return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
 inline float __expf(float x) { return std::exp(x); }
+inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 inline float __fdividef(float x, float y) { return x / y; }
 
 // ---- run-time API ----
