@@ -253,8 +253,8 @@ def _grad_keys_kernel(
 @triton.jit
 def _grad_queries_tile(
     q, q_tail, grad_out, grad_out_tail, lse, delta, k_source, k_stride, v_source, v_stride, bias_ptr, bias_at,
-    begin, left, grad_q, grad_q_tail, scale,
-    HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_K: tl.constexpr, EDGE: tl.constexpr,
+    begin, left, grad_q, grad_q_tail, total, scale, HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_K: tl.constexpr, EXACT: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys from `begin` on, of `left` in their stream, give; all matrices are queries x keys."""
     key = tl.arange(0, BLOCK_K)
@@ -266,12 +266,15 @@ def _grad_queries_tile(
     elif EDGE:
         logits = tl.where((key < left - begin)[None, :], logits, float("-inf"))
     weights = tl.exp2(logits - lse[:, None])
-    grad_logits = weights * (dot(grad_out, grad_out_tail, tl.trans(v), tl.trans(v_tail), TAIL) - delta[:, None])
+    grad_weights = dot(grad_out, grad_out_tail, tl.trans(v), tl.trans(v_tail), TAIL)
+    if EXACT:
+        total += tl.sum(weights * grad_weights, 1)
+    grad_logits = weights * (grad_weights - delta[:, None])
     rounded = grad_logits.to(k.dtype)
     grad_q = tl.dot(rounded, k, grad_q, input_precision="ieee")
     if TAIL > 0:
         grad_q_tail = tl.dot(rounded, k_tail, grad_q_tail, input_precision="ieee")
-    return grad_q, grad_q_tail
+    return grad_q, grad_q_tail, total
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -284,9 +287,13 @@ def _grad_queries_kernel(
     added_v_batch, added_v_row, added_v_head, raw_batch, raw_row, raw_head,
     added_raw_batch, added_raw_row, added_raw_head, heads, queries, added_queries, keys, added_keys, eps, scale,
     STREAMS: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """grad_q of BLOCK_Q queries of one head and one stream; raw is q before its RMSNorm."""
+    """grad_q of BLOCK_Q queries of one head and one stream; raw is q before its RMSNorm.
+
+    EXACT: leaves rowsum(P * dP) in delta, which is rowsum(grad_out * out) without the rounding of out. The gradient of
+    key_bias sums over all heads and queries what that rounding would add.
+    """
     own_blocks = tl.cdiv(queries, BLOCK_Q)
     blocks = own_blocks + tl.cdiv(added_queries, BLOCK_Q)
     block = tl.program_id(0) % blocks
@@ -315,6 +322,7 @@ def _grad_queries_kernel(
 
     grad_q = tl.zeros([BLOCK_Q, MAIN], tl.float32)
     grad_q_tail = grad_q
+    total = tl.zeros([BLOCK_Q], tl.float32)
     if TAIL > 0:
         grad_q_tail = tl.zeros([BLOCK_Q, TAIL], tl.float32)
     for stream in tl.static_range(STREAMS):
@@ -333,14 +341,16 @@ def _grad_queries_kernel(
         bias_at = b * (keys + added_keys) + tl.where(second, keys, 0)
         whole = left // BLOCK_K * BLOCK_K
         for first in tl.range(0, whole, BLOCK_K):
-            grad_q, grad_q_tail = _grad_queries_tile(
+            grad_q, grad_q_tail, total = _grad_queries_tile(
                 q, q_tail, grad_out, grad_out_tail, lse, delta, k_source, k_stride, v_source, v_stride,
-                bias_ptr, bias_at, first, left, grad_q, grad_q_tail, scale * LOG2_E, HEAD, MAIN, TAIL, BLOCK_K, False,
+                bias_ptr, bias_at, first, left, grad_q, grad_q_tail, total, scale * LOG2_E,
+                HEAD, MAIN, TAIL, BLOCK_K, EXACT, False,
             )  # fmt: skip
         for first in tl.range(whole, left, BLOCK_K, num_stages=1):
-            grad_q, grad_q_tail = _grad_queries_tile(
+            grad_q, grad_q_tail, total = _grad_queries_tile(
                 q, q_tail, grad_out, grad_out_tail, lse, delta, k_source, k_stride, v_source, v_stride,
-                bias_ptr, bias_at, first, left, grad_q, grad_q_tail, scale * LOG2_E, HEAD, MAIN, TAIL, BLOCK_K, True,
+                bias_ptr, bias_at, first, left, grad_q, grad_q_tail, total, scale * LOG2_E,
+                HEAD, MAIN, TAIL, BLOCK_K, EXACT, True,
             )  # fmt: skip
 
     raw_source = tl.where(
@@ -348,6 +358,8 @@ def _grad_queries_kernel(
         head_of(raw_ptr, b, h, raw_batch, raw_head, VECTOR),
     )  # fmt: skip
     raw_stride = aligned(tl.where(in_added, added_raw_row, raw_row), VECTOR)
+    if EXACT:
+        tl.store(delta_ptr + lse_at + row, total, mask=row < count - begin)
     _finish(
         grad_q * scale, grad_q_tail * scale, tl.where(in_added, added_grad_q_ptr, grad_q_ptr) + place, out_stride,
         raw_source + begin * raw_stride, raw_stride, row, count - begin,
@@ -430,6 +442,24 @@ def backward(
             "HEAD": head_dim, "MAIN": config.main, "TAIL": config.tail, "VECTOR": vector_of([*inputs, q, q2, k, k2])
         }  # fmt: skip
 
+        if any(wanted[i] for i in (0, 3, 5, 8, 10)):  # key_bias takes its delta from here
+            tile = config.grad_queries
+            own, added = triton.cdiv(queries, tile.queries), triton.cdiv(added_queries, tile.queries)
+            grad_q = q.new_empty(q.shape)
+            grad_q2 = grad_q if added_q is None else q.new_empty(q2.shape)
+            weighted = q_weight is not None or q2_weight is not None
+            weight_parts = lse.new_empty((samples * heads, own + added, head_dim)) if weighted else None
+            _grad_queries_kernel[((own + added) * heads * samples,)](
+                *inputs, q, q2, q_weight, q2_weight, key_bias, grad_out, grad_out2, lse, delta,
+                grad_q, grad_q2, weight_parts,
+                *(stride for x in (*inputs, q, q2) for stride in strides(x)), *sizes,
+                STREAMS=1 if added_k is None else 2, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, **shape,
+                EXACT=wanted[10], num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+            grads[0], grads[5] = grad_q, grad_q2
+            if weight_parts is not None:
+                grads[3], grads[8] = weight_parts[:, :own].sum((0, 1)), weight_parts[:, own:].sum((0, 1))
+
         if any(wanted[i] for i in (1, 2, 4, 6, 7, 9, 10)):
             tile = config.grad_keys
             own, added = triton.cdiv(keys, tile.keys), triton.cdiv(added_keys, tile.keys)
@@ -450,22 +480,4 @@ def backward(
                 grads[4], grads[9] = weight_parts[:, :own].sum((0, 1)), weight_parts[:, own:].sum((0, 1))
             if bias_parts is not None:
                 grads[10] = bias_parts.sum(1)
-
-        if any(wanted[i] for i in (0, 3, 5, 8)):
-            tile = config.grad_queries
-            own, added = triton.cdiv(queries, tile.queries), triton.cdiv(added_queries, tile.queries)
-            grad_q = q.new_empty(q.shape)
-            grad_q2 = grad_q if added_q is None else q.new_empty(q2.shape)
-            weighted = q_weight is not None or q2_weight is not None
-            weight_parts = lse.new_empty((samples * heads, own + added, head_dim)) if weighted else None
-            _grad_queries_kernel[((own + added) * heads * samples,)](
-                *inputs, q, q2, q_weight, q2_weight, key_bias, grad_out, grad_out2, lse, delta,
-                grad_q, grad_q2, weight_parts,
-                *(stride for x in (*inputs, q, q2) for stride in strides(x)), *sizes,
-                STREAMS=1 if added_k is None else 2, BLOCK_Q=tile.queries, BLOCK_K=tile.keys, **shape,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
-            grads[0], grads[5] = grad_q, grad_q2
-            if weight_parts is not None:
-                grads[3], grads[8] = weight_parts[:, :own].sum((0, 1)), weight_parts[:, own:].sum((0, 1))
     return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))

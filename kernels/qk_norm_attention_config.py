@@ -76,13 +76,13 @@ def _tiles(head_dim: int, itemsize: int, architecture: int) -> tuple[Tile, ...]:
     if itemsize == 4:
         # no tensor core multiplies fp32: few products per thread, each with a row of both factors in registers
         if head_dim <= 96:
-            return Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 16, 4, 1)
+            return Tile(32, 16, 4, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 4, 1)
         return Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1), Tile(32, 16, 8, 1)
     few_keys = Tile(64, 64, 4, 2)
     if architecture < 90:
         # a warp reads all of K and V from shared memory: few warps with many rows each
         if head_dim <= 64:
-            return Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), few_keys
+            return Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(128, 32, 8, 2), few_keys
         if head_dim <= 96:
             return Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 32, 8, 2), few_keys
         return Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), few_keys
