@@ -405,7 +405,7 @@ inline cudaError_t launch_layer_norm_backward(const LayerNormBackwardLaunch &a, 
 template <bool kResidual>
 inline cudaError_t layer_norm_backward(const LayerNormBackward &a, void *workspace, cudaStream_t stream) {
     const LayerNormShape &s = a.shape;
-    if (!valid_shape(s))
+    if (!valid_shape(s) || (a.grad_y && !a.gate) || (a.grad_gate && !a.y))
         return cudaErrorInvalidValue;
     if (s.batch == 0 || s.d == 0)
         return cudaSuccess;

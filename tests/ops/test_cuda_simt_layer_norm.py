@@ -212,9 +212,9 @@ def test_the_workspace_is_as_large_as_it_says(width: int, machine: Any) -> None:
 
 def test_nothing_to_do(machine: Any) -> None:
     """No rows: the sums over them are zero. No samples or columns: nothing is touched."""
-    sums = torch.full((3, 2, 8), float("nan"))
+    sums, y = torch.full((3, 2, 8), float("nan")), torch.empty(1)
     p = [total.data_ptr() for total in sums]
-    machine.gated_residual_ada_layer_norm_backward(*[0] * 9, *p, 0, 2, 0, 8, 0, 0, 0, 0, 0)
+    machine.gated_residual_ada_layer_norm_backward(0, 0, 0, y.data_ptr(), *[0] * 5, *p, 0, 2, 0, 8, 0, 0, 0, 0, 0)
     assert (sums == 0).all()
     for sizes in ((0, 4, 8), (2, 0, 8), (2, 4, 0)):
         machine.ada_layer_norm_forward(*[0] * 5, *sizes, 0, 0, 1e-6, 0, 0, 0)
@@ -233,6 +233,13 @@ def test_a_call_that_cannot_be_raises(change: dict[str, int], machine: Any) -> N
     for name, tensors, strides in (("ada_layer_norm", 5, 2), ("gated_residual_ada_layer_norm", 8, 3)):
         with pytest.raises(RuntimeError, match=f"{name}_forward"):
             getattr(machine, f"{name}_forward")(*[0] * tensors, *sizes, *[0] * strides, 1e-6, *codes)
+
+
+def test_a_gradient_of_what_is_absent_raises(machine: Any) -> None:
+    """grad_y without a gate is grad_x; grad_gate takes a y."""
+    for wanted in ((0, 1, 0), (0, 0, 1)):
+        with pytest.raises(RuntimeError, match="gated_residual_ada_layer_norm_backward"):
+            machine.gated_residual_ada_layer_norm_backward(*[0] * 7, *wanted, 0, 0, 0, 1, 4, 8, 0, 0, 0, 0, 0)
 
 
 # ---- the grid: pure functions, no kernel runs
