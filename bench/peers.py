@@ -24,12 +24,12 @@ def _liger(module: str, name: str) -> Any:
 
 
 def _liger_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _liger("rms_norm", "LigerRMSNormFunction").apply(x, weight, eps, 0.0, "gemma", False)  # type: ignore
+    return _liger("rms_norm", "LigerRMSNormFunction").apply(x, weight, eps, 0.0, "gemma", False)
 
 
 def _liger_swiglu(h: Tensor) -> Tensor:
     gate, value = h.chunk(2, dim=-1)
-    return _liger("swiglu", "LigerSiLUMulFunction").apply(gate.contiguous(), value.contiguous())  # type: ignore
+    return _liger("swiglu", "LigerSiLUMulFunction").apply(gate.contiguous(), value.contiguous())
 
 
 def _liger_residual_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:

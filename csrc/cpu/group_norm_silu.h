@@ -7,10 +7,8 @@
 #include "../common/arguments.h"
 #include "parallel.h"
 #include "simd.h"
+#include "tables.h"
 
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <type_traits>
 
 namespace kolors_fast {
@@ -24,10 +22,6 @@ constexpr int64_t kPrefetchBytes = 1 << 9;
 constexpr int64_t kPrefetchRowsBytes = 1 << 14;
 constexpr int64_t kRunElements = 1 << 13;    // of one channel, for both reasons
 constexpr int64_t kSerialElements = 1 << 14; // below this a second thread costs more than it saves
-
-KOLORS_FAST_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-KOLORS_FAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-KOLORS_FAST_INLINE int64_t padded(int64_t count) { return ceil_div(count, kWidth) * kWidth; }
 
 // The channels of x or of skip. Tables of per-channel values hold each part padded to whole vectors, from its slot on.
 template <typename T> struct Part {
@@ -167,19 +161,6 @@ template <typename T>
 void fill_table(const Layout<T> &layout, const void *values, float absent, float *table /* [slots] */) {
     for (int64_t channel = 0; channel < layout.shape.channels(); ++channel)
         table[layout.slot_of(channel)] = values ? read_scalar(values, channel, layout.shape.weight_dtype) : absent;
-}
-
-// Uninitialised memory: every table slot that counts is written before it is read. Aligned, for the tables' vectors.
-struct Free {
-    void operator()(void *memory) const { std::free(memory); }
-};
-template <typename Element> using Workspace = std::unique_ptr<Element[], Free>;
-
-template <typename Element> Workspace<Element> workspace(int64_t count) {
-    void *memory = std::aligned_alloc(64, (count * sizeof(Element) + 63) / 64 * 64);
-    if (!memory)
-        throw std::bad_alloc();
-    return Workspace<Element>(static_cast<Element *>(memory));
 }
 
 } // namespace

@@ -8,9 +8,9 @@
 #include "../common/arguments.h"
 #include "parallel.h"
 #include "simd.h"
+#include "tables.h"
 
 #include <cmath>
-#include <memory>
 
 namespace kolors_fast {
 namespace KOLORS_FAST_ISA {
@@ -20,17 +20,8 @@ constexpr int64_t kBlockRows = 64;           // whose gradients are summed in fp
 constexpr int64_t kSerialElements = 1 << 15; // below this a second thread costs more than it saves
 constexpr int kChains = 4;                   // of additions that do not wait for each other
 
-KOLORS_FAST_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-KOLORS_FAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-KOLORS_FAST_INLINE int64_t padded(int64_t count) { return ceil_div(count, kWidth) * kWidth; }
-
 inline int thread_count(const LayerNormShape &s) {
     return s.batch * s.rows * s.d < kSerialElements ? 1 : max_threads();
-}
-
-// Uninitialised memory: all that counts is written before it is read.
-template <typename Element> std::unique_ptr<Element[]> workspace(int64_t count) {
-    return std::unique_ptr<Element[]>(new Element[count]);
 }
 
 // Row `sample` of gate, scale or shift [batch, d] plus `added`, as a table of whole vectors; absent ones are filled.
@@ -107,7 +98,7 @@ template <typename T> struct ForwardRows {
     float scale_added; // 1 where the factor is 1 + scale
     int64_t d = a.shape.d, slots = padded(d);
     int threads = thread_count(a.shape);
-    std::unique_ptr<float[]> tables = workspace<float>(threads * 3 * slots); // factor, shift, gate
+    Workspace<float> tables = workspace<float>(threads * 3 * slots); // factor, shift, gate
 
     void run() const {
         parallel_for(a.shape.batch * a.shape.rows, threads, [&](int64_t begin, int64_t end, int thread) {
@@ -166,8 +157,8 @@ template <typename T> struct BackwardRows {
     int64_t d = a.shape.d, slots = padded(d), all_rows = a.shape.batch * a.shape.rows;
     int64_t blocks = ceil_div(a.shape.rows, kBlockRows); // of one sample
     int threads = thread_count(a.shape);
-    std::unique_ptr<float[]> partial = workspace<float>(a.shape.batch * blocks * 3 * slots); // scale, shift, gate
-    std::unique_ptr<float[]> tables = workspace<float>(threads * 2 * slots);                 // factor, gate
+    Workspace<float> partial = workspace<float>(a.shape.batch * blocks * 3 * slots); // scale, shift, gate
+    Workspace<float> tables = workspace<float>(threads * 2 * slots);                 // factor, gate
 
     void run() const {
         parallel_for(a.shape.batch * blocks, threads, [&](int64_t begin, int64_t end, int thread) {
