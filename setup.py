@@ -2,7 +2,7 @@
 
 No torch here: the extensions take raw pointers. Ninja compiles into `build/`, and again only what changed.
 Environment: MAX_JOBS (parallel compilers), CXX, CUDA_HOME, KOLORS_FAST_CUDA_ARCHS (e.g. "80;90", or "none" to leave
-the CUDA extension out).
+the CUDA extension out), KOLORS_FAST_CPU_ISAS (e.g. "avx2;generic"; all by default).
 """
 
 import os
@@ -28,12 +28,12 @@ CXX_FLAGS = [
     *("-Wall", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-# every kernel source is compiled once per instruction set; the choice is made at run time
+# every kernel source is compiled once per instruction set; the choice is made at run time, the best first
 ISA_FLAGS = {
-    "generic": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": AVX512_FLAGS,
     "avx512bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+    "avx512": AVX512_FLAGS,
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "generic": [],
 }
 ISA_INDEPENDENT = ("isa.cpp", "parallel.cpp")
 
@@ -64,6 +64,18 @@ def cuda_archs() -> list[str]:
     except (OSError, subprocess.SubprocessError, ValueError):
         local = []
     return local or list(DEFAULT_CUDA_ARCHS)
+
+
+def cpu_isas() -> list[str]:
+    """KOLORS_FAST_CPU_ISAS, else all that the architecture may have; the best first."""
+    possible = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["generic"]
+    wanted = os.environ.get("KOLORS_FAST_CPU_ISAS")
+    if not wanted:
+        return possible
+    isas = wanted.split(";")
+    if not set(isas) <= set(possible):
+        raise SystemExit(f'KOLORS_FAST_CPU_ISAS must name some of "{";".join(possible)}", got "{wanted}"')
+    return [isa for isa in possible if isa in isas]
 
 
 def job_count() -> int:
@@ -166,14 +178,15 @@ class NinjaBuildExt(build_ext):
         status = f"'-DKOLORS_FAST_CUDA_STATUS=\"{cuda_status}\"'".replace(":", "$:")
         bindings = CSRC / "bindings_cpu.cpp"
         objects = [ninja.target(self.build / "bindings_cpu.o", "cxx", [bindings], [*includes, status, "-Os"])]
-        isas = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
+        isas = cpu_isas()
+        every = f"'-DKOLORS_FAST_ISAS(ISA)={' '.join(f'ISA({isa})' for isa in isas)}'"
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             if source.name in ISA_INDEPENDENT:
-                objects.append(ninja.target(self.build / f"{source.stem}.o", "cxx", [source]))
+                objects.append(ninja.target(self.build / f"{source.stem}.o", "cxx", [source], [every]))
                 continue
-            for isa, flags in isas.items():
+            for isa in isas:
                 out = self.build / f"{source.stem}.{isa}.o"
-                objects.append(ninja.target(out, "cxx", [source], [*flags, f"-DKOLORS_FAST_ISA={isa}"]))
+                objects.append(ninja.target(out, "cxx", [source], [*ISA_FLAGS[isa], f"-DKOLORS_FAST_ISA={isa}"]))
         ninja.target(self.built("_cpu"), "link", objects)
 
     def add_cuda(self, ninja: NinjaFile, includes: list[str], nvcc: Path, archs: list[str], jobs: int) -> None:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -153,16 +154,36 @@ def test_the_instruction_set_can_be_forced() -> None:
     ("value", "archs"), [("90", ["90"]), ("8.0;90a, 100", ["80", "90a", "100"]), ("ampere", None), (" ; ", None)]
 )
 def test_cuda_archs_from_the_environment(value: str, archs: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("kolors_fast_setup", ROOT / "setup.py")
-    assert spec and spec.loader
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
+    setup = load_setup()
     monkeypatch.setenv("KOLORS_FAST_CUDA_ARCHS", value)
     if archs is None:
         with pytest.raises(SystemExit, match="KOLORS_FAST_CUDA_ARCHS"):
             setup.cuda_archs()
     else:
         assert setup.cuda_archs() == archs
+
+
+@pytest.mark.parametrize(
+    ("value", "isas"), [("generic", ["generic"]), ("generic;avx2", ["avx2", "generic"]), ("sse9", None), (";", None)]
+)
+def test_cpu_isas_from_the_environment(value: str, isas: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best first, whatever their order: the first that the CPU has is taken."""
+    setup = load_setup()
+    monkeypatch.setattr(setup.platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("KOLORS_FAST_CPU_ISAS", value)
+    if isas is None:
+        with pytest.raises(SystemExit, match="KOLORS_FAST_CPU_ISAS"):
+            setup.cpu_isas()
+    else:
+        assert setup.cpu_isas() == isas
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kolors_fast_setup", ROOT / "setup.py")
+    assert spec and spec.loader
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    return setup
 
 
 def run(*code: str, **environment: str) -> str:

@@ -7,12 +7,17 @@
 namespace kolors_fast {
 namespace {
 
-#define KOLORS_FAST_ADDRESS(name, Arguments) name,
-#define KOLORS_FAST_TABLE(ISA)                                                                                         \
-    [] {                                                                                                               \
-        using namespace ISA;                                                                                           \
-        return Kernels{KOLORS_FAST_KERNELS(KOLORS_FAST_ADDRESS)};                                                      \
-    }()
+#if defined(__x86_64__)
+inline bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+inline bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+inline bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+inline bool has_generic() { return true; }
 
 struct Choice {
     const char *name;
@@ -20,22 +25,18 @@ struct Choice {
     Kernels kernels;
 };
 
+#define KOLORS_FAST_ADDRESS(name, Arguments) name,
+#define KOLORS_FAST_CHOICE(ISA)                                                                                        \
+    Choice{#ISA, has_##ISA(), [] {                                                                                     \
+               using namespace ISA;                                                                                    \
+               return Kernels{KOLORS_FAST_KERNELS(KOLORS_FAST_ADDRESS)};                                               \
+           }()},
+
 const Choice &choose() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool avx512bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
-    static const Choice choices[] = {
-#if defined(__x86_64__)
-        {"avx512bf16", avx512bf16, KOLORS_FAST_TABLE(avx512bf16)},
-        {"avx512", avx512, KOLORS_FAST_TABLE(avx512)},
-        {"avx2", avx2, KOLORS_FAST_TABLE(avx2)},
-#endif
-        {"generic", true, KOLORS_FAST_TABLE(generic)},
-    };
+    static const Choice choices[] = {KOLORS_FAST_ISAS(KOLORS_FAST_CHOICE)}; // of the build, the best first
     const char *wanted = std::getenv("KOLORS_FAST_CPU_ISA");
     for (const Choice &choice : choices)
         if (wanted && *wanted ? std::string(wanted) == choice.name : choice.supported) {
@@ -44,6 +45,8 @@ const Choice &choose() {
                                          ", which this CPU does not have");
             return choice;
         }
+    if (!wanted || !*wanted)
+        throw std::runtime_error("kolors_fast was built for no instruction set of this CPU: KOLORS_FAST_CPU_ISAS");
     throw std::runtime_error(
         "KOLORS_FAST_CPU_ISA must be avx512bf16, avx512, avx2 or generic as this build has them, got " +
         std::string(wanted));
