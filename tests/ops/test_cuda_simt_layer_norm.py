@@ -32,13 +32,15 @@ widths = pytest.mark.parametrize("width", WIDTHS.values(), ids=list(WIDTHS))
 def inputs_of(
     name: str, shape: tuple[int, int, int], dtype: torch.dtype, parameters: torch.dtype | None = None
 ) -> Inputs:
-    """x and, for the gated op, y; modulations are chunks of one projection."""
+    """x and, for the gated op, y; a modulation is the last chunk of a projection, so past its last row nothing is."""
     generator, (batch, _, d) = torch.Generator().manual_seed(0), shape
-    inputs: Inputs = {"x": torch.randn(shape, generator=generator).to(dtype)}
-    projection = (0.2 * torch.randn(batch, 3 * d, generator=generator)).to(parameters or dtype)
-    inputs["scale"], inputs["shift"], gate = projection.chunk(3, dim=1)
+
+    def chunk() -> Tensor:
+        return (0.2 * torch.randn(batch, 3 * d, generator=generator)).to(parameters or dtype).chunk(3, dim=1)[-1]
+
+    inputs: Inputs = {"x": torch.randn(shape, generator=generator).to(dtype), "scale": chunk(), "shift": chunk()}
     if name == "gated_residual_ada_layer_norm":
-        inputs |= {"y": torch.randn(shape, generator=generator).to(dtype), "gate": gate}
+        inputs |= {"y": torch.randn(shape, generator=generator).to(dtype), "gate": chunk()}
     return inputs
 
 
