@@ -28,16 +28,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import guard, multiprocessors
-from .group_norm_silu_config import BACKWARD_TILE, FORWARD_TILE, Config, configure
+from .group_norm_silu_config import FORWARD_TILE, Config, configure
 
 # every integer is a plain run-time argument: neither a 1 nor a multiple of 16 makes another variant.
 # What the compiler may rely on is said by VECTOR, and by the alignment of the pointers
-_SIZES = ["size", "x_channels", "skip_channels", "all_channels", "add_stride", "tiles", "chunks"]
-_SIZES += ["first_block", "blocks", "samples"]
+SIZES = ["size", "x_channels", "skip_channels", "all_channels", "add_stride", "tiles", "chunks"]
+SIZES += ["first_block", "blocks", "samples"]
 
 
 @triton.jit
-def _aligned(size, x_channels, skip_channels, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+def aligned(size, x_channels, skip_channels, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
     """The same values, but now the compiler knows the contiguous lengths to be multiples of VECTOR."""
     if CHANNELS_LAST:
         return size, x_channels // VECTOR * VECTOR, skip_channels // VECTOR * VECTOR
@@ -46,7 +46,7 @@ def _aligned(size, x_channels, skip_channels, CHANNELS_LAST: tl.constexpr, VECTO
 
 
 @triton.jit
-def _program(
+def program(
     size, x_channels, tiles, chunks, first_block, blocks, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """(sample, chunk, its first pixel, pixels from there on, block, whether that lies in skip) of this program."""
@@ -58,7 +58,7 @@ def _program(
 
 
 @triton.jit
-def _span(block, x_channels, skip_channels, BLOCK_C: tl.constexpr):
+def span_of(block, x_channels, skip_channels, BLOCK_C: tl.constexpr):
     """Channels [begin, end) of a block, or of a tensor of blocks. Mirrors block_spans."""
     in_skip = block >= tl.cdiv(x_channels, BLOCK_C)
     begin = tl.where(in_skip, x_channels + (block - tl.cdiv(x_channels, BLOCK_C)) * BLOCK_C, block * BLOCK_C)
@@ -72,7 +72,7 @@ def _block_of(channel, x_channels, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _offsets(pixel, channel, channels, size, CHANNELS_LAST: tl.constexpr):
+def offsets_of(pixel, channel, channels, size, CHANNELS_LAST: tl.constexpr):
     """Offsets [BLOCK_P, BLOCK_C] inside one sample of a tensor of so many channels."""
     if CHANNELS_LAST:
         return pixel[:, None] * channels + channel[None, :]
@@ -81,17 +81,17 @@ def _offsets(pixel, channel, channels, size, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _pixels(ptr, n, begin, channels, size, CHANNELS_LAST: tl.constexpr):
+def pixels_from(ptr, n, begin, channels, size, CHANNELS_LAST: tl.constexpr):
     """Pointer to pixel `begin` of sample n of a tensor of so many channels."""
     return ptr + n * channels * size + begin.to(tl.int64) * (channels if CHANNELS_LAST else 1)
 
 
 @triton.jit
-def _row(ptr, at, mask):
+def load_row(ptr, at, mask):
     return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def _statistics_kernel(
     x_ptr, skip_ptr, add_ptr, mean_ptr, m2_ptr,
     size, x_channels, skip_channels, add_stride, tiles, chunks, blocks,
@@ -99,20 +99,20 @@ def _statistics_kernel(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """mean, M2 [N, B, SLOTS, K] of the part of each group that lies in this block and chunk."""
-    size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
-    n, k, begin, left, block, in_skip = _program(size, x_channels, tiles, chunks, 0, blocks, BLOCK_P, BLOCK_C)
-    first, last = _span(block, x_channels, skip_channels, BLOCK_C)
+    size, x_channels, skip_channels = aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
+    n, k, begin, left, block, in_skip = program(size, x_channels, tiles, chunks, 0, blocks, BLOCK_P, BLOCK_C)
+    first, last = span_of(block, x_channels, skip_channels, BLOCK_C)
     channel = first + tl.arange(0, BLOCK_C)
     in_block = channel < last
 
     channels = tl.where(in_skip, skip_channels, x_channels)
     local = channel - tl.where(in_skip, x_channels, 0)
     pixel = tl.arange(0, BLOCK_P)
-    offsets = _offsets(pixel, local, channels, size, CHANNELS_LAST)
-    source = _pixels(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
+    offsets = offsets_of(pixel, local, channels, size, CHANNELS_LAST)
+    source = pixels_from(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
 
     # relative to the chunk's first pixel a large mean costs no precision, and channel_add cancels
-    pivot = _row(source, local.to(tl.int64) * (1 if CHANNELS_LAST else size), in_block)
+    pivot = load_row(source, local.to(tl.int64) * (1 if CHANNELS_LAST else size), in_block)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for tile in range(0, tl.minimum(tiles, tl.cdiv(left, BLOCK_P))):
@@ -132,7 +132,7 @@ def _statistics_kernel(
     # where the pivot outweighs the mean, what rounding took from the first sum is still in the deviations
     channel_mean = (pivot + channel_mean) + tl.sum(seen * deviation, 0) / count
     if add_ptr is not None:
-        channel_mean += _row(add_ptr, n * add_stride + channel, in_block)
+        channel_mean += load_row(add_ptr, n * add_stride + channel, in_block)
 
     # channels to the groups of this block, relative to the first channel of each
     group = first // GROUP + tl.arange(0, SLOTS)
@@ -160,7 +160,7 @@ def _merged(
     first_block = _block_of(group * GROUP, x_channels, BLOCK_C)
     last_block = _block_of(group * GROUP + GROUP - 1, x_channels, BLOCK_C)
 
-    begin, _ = _span(first_block, x_channels, skip_channels, BLOCK_C)
+    begin, _ = span_of(first_block, x_channels, skip_channels, BLOCK_C)
     slot = group - begin // GROUP
     mean = tl.load(mean_ptr + ((n * blocks + first_block) * SLOTS + slot) * chunks, mask=exists, other=0.0)
     m2 = tl.zeros([SLOTS], tl.float32)
@@ -170,7 +170,7 @@ def _merged(
         k = entry // PARTS
         block = first_block[None, :] + entry % PARTS
         present = (k < chunks) & (block <= last_block[None, :]) & exists[None, :]
-        first, last = _span(block, x_channels, skip_channels, BLOCK_C)
+        first, last = span_of(block, x_channels, skip_channels, BLOCK_C)
         channels = tl.minimum(last, (group * GROUP + GROUP)[None, :]) - tl.maximum(first, (group * GROUP)[None, :])
         weight = tl.where(present, channels * tl.minimum(chunk, size - k * chunk), 0).to(tl.float32)
         at = ((n * blocks + block) * SLOTS + group[None, :] - first // GROUP) * chunks + k
@@ -189,7 +189,7 @@ def _merged(
     return mean, tl.math.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def _apply_kernel(
     x_ptr, skip_ptr, weight_ptr, bias_ptr, add_ptr, part_mean_ptr, part_m2_ptr, y_ptr, mean_ptr, rstd_ptr,
     size, x_channels, skip_channels, add_stride, tiles, chunks, blocks, eps,
@@ -197,9 +197,9 @@ def _apply_kernel(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk and block; the programs of the first chunk also write mean and rstd [N, G]."""
-    size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
-    n, k, begin, left, block, in_skip = _program(size, x_channels, tiles, chunks, 0, blocks, BLOCK_P, BLOCK_C)
-    first, last = _span(block, x_channels, skip_channels, BLOCK_C)
+    size, x_channels, skip_channels = aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
+    n, k, begin, left, block, in_skip = program(size, x_channels, tiles, chunks, 0, blocks, BLOCK_P, BLOCK_C)
+    first, last = span_of(block, x_channels, skip_channels, BLOCK_C)
     channel = first + tl.arange(0, BLOCK_C)
     in_block = channel < last
 
@@ -218,19 +218,19 @@ def _apply_kernel(
     member = group[:, None] == (channel // GROUP)[None, :]
     centre = tl.sum(tl.where(member, mean[:, None], 0.0), 0)
     scale = tl.sum(tl.where(member, rstd[:, None], 0.0), 0)
-    scale *= _row(weight_ptr, channel, in_block)
-    bias = _row(bias_ptr, channel, in_block)
+    scale *= load_row(weight_ptr, channel, in_block)
+    bias = load_row(bias_ptr, channel, in_block)
     if add_ptr is not None:
-        centre -= _row(add_ptr, n * add_stride + channel, in_block)
+        centre -= load_row(add_ptr, n * add_stride + channel, in_block)
 
     channels = tl.where(in_skip, skip_channels, x_channels)
     local = channel - tl.where(in_skip, x_channels, 0)
     pixel = tl.arange(0, BLOCK_P)
     all_channels = x_channels + skip_channels
-    source_offsets = _offsets(pixel, local, channels, size, CHANNELS_LAST)
-    target_offsets = _offsets(pixel, channel, all_channels, size, CHANNELS_LAST)
-    source = _pixels(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
-    target = _pixels(y_ptr, n, begin, all_channels, size, CHANNELS_LAST)
+    source_offsets = offsets_of(pixel, local, channels, size, CHANNELS_LAST)
+    target_offsets = offsets_of(pixel, channel, all_channels, size, CHANNELS_LAST)
+    source = pixels_from(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
+    target = pixels_from(y_ptr, n, begin, all_channels, size, CHANNELS_LAST)
     for tile in range(0, tl.minimum(tiles, tl.cdiv(left, BLOCK_P))):
         valid = (tile * BLOCK_P + pixel < left)[:, None] & in_block[None, :]
         value = tl.load(source + source_offsets, mask=valid, other=0.0).to(tl.float32)
@@ -243,162 +243,7 @@ def _apply_kernel(
         target += BLOCK_P * (all_channels if CHANNELS_LAST else 1)
 
 
-@triton.jit
-def _normalised(value, grad_y, centre, rstd, weight, bias, SILU: tl.constexpr):
-    """(xhat, gradient of u = xhat * weight + bias) of a tile."""
-    xhat = (value - centre[None, :]) * rstd[None, :]
-    if SILU:
-        u = xhat * weight[None, :] + bias[None, :]
-        s = tl.sigmoid(u)
-        grad_y = grad_y * (s * (1.0 + u * (1.0 - s)))
-    return xhat, grad_y
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _grad_sums_kernel(
-    grad_y_ptr, x_ptr, skip_ptr, weight_ptr, bias_ptr, add_ptr, mean_ptr, rstd_ptr, sums_ptr,
-    size, x_channels, skip_channels, add_stride, tiles, chunks, blocks, samples,
-    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Sums of grad_u*xhat, grad_u and xhat over the pixels of this chunk: [3, N, K, C]."""
-    size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
-    n, k, begin, left, block, in_skip = _program(size, x_channels, tiles, chunks, 0, blocks, BLOCK_P, BLOCK_C)
-    first, last = _span(block, x_channels, skip_channels, BLOCK_C)
-    channel = first + tl.arange(0, BLOCK_C)
-    in_block = channel < last
-
-    all_channels = x_channels + skip_channels
-    group = n * (all_channels // GROUP) + channel // GROUP
-    centre = _row(mean_ptr, group, in_block)
-    rstd = _row(rstd_ptr, group, in_block)
-    weight = _row(weight_ptr, channel, in_block)
-    bias = _row(bias_ptr, channel, in_block)
-    if add_ptr is not None:
-        centre -= _row(add_ptr, n * add_stride + channel, in_block)
-
-    channels = tl.where(in_skip, skip_channels, x_channels)
-    local = channel - tl.where(in_skip, x_channels, 0)
-    pixel = tl.arange(0, BLOCK_P)
-    offsets = _offsets(pixel, local, channels, size, CHANNELS_LAST)
-    y_offsets = _offsets(pixel, channel, all_channels, size, CHANNELS_LAST)
-    source = _pixels(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
-    y_source = _pixels(grad_y_ptr, n, begin, all_channels, size, CHANNELS_LAST)
-    sum_weight = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    sum_bias = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    sum_xhat = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for tile in range(0, tl.minimum(tiles, tl.cdiv(left, BLOCK_P))):
-        valid = (tile * BLOCK_P + pixel < left)[:, None] & in_block[None, :]
-        value = tl.load(source + offsets, mask=valid, other=0.0).to(tl.float32)
-        grad_y = tl.load(y_source + y_offsets, mask=valid, other=0.0).to(tl.float32)
-        xhat, grad_u = _normalised(value, grad_y, centre, rstd, weight, bias, SILU)
-        sum_weight += tl.where(valid, grad_u * xhat, 0.0)
-        sum_bias += tl.where(valid, grad_u, 0.0)
-        if add_ptr is not None:
-            sum_xhat += tl.where(valid, xhat, 0.0)
-        source += BLOCK_P * (channels if CHANNELS_LAST else 1)
-        y_source += BLOCK_P * (all_channels if CHANNELS_LAST else 1)
-
-    at = (n * chunks + k) * all_channels + channel
-    plane = samples.to(tl.int64) * chunks * all_channels
-    tl.store(sums_ptr + at, tl.sum(sum_weight, 0), mask=in_block)
-    tl.store(sums_ptr + plane + at, tl.sum(sum_bias, 0), mask=in_block)
-    if add_ptr is not None:
-        tl.store(sums_ptr + 2 * plane + at, tl.sum(sum_xhat, 0), mask=in_block)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _grad_groups_kernel(
-    sums_ptr, weight_ptr, rstd_ptr, channel_sums_ptr, group_means_ptr, grad_add_ptr,
-    size, all_channels, chunks, samples,
-    GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One group of one sample: its channels' sums over all chunks [2, N, C], the means of weight*grad_u*xhat and
-    weight*grad_u over the group [2, N, G], and with those the gradient of channel_add [N, C]."""
-    groups = all_channels // GROUP
-    n = (tl.program_id(0) // groups).to(tl.int64)
-    group = tl.program_id(0) % groups
-    member = tl.arange(0, BLOCK_D)
-    inside = member < GROUP
-    channel = group * GROUP + member
-
-    plane = samples.to(tl.int64) * chunks * all_channels
-    sum_weight = tl.zeros([BLOCK_D], tl.float32)
-    sum_bias = tl.zeros([BLOCK_D], tl.float32)
-    sum_xhat = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, chunks, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        present = (k < chunks)[:, None] & inside[None, :]
-        at = (n * chunks + k[:, None]) * all_channels + channel[None, :]
-        sum_weight += tl.sum(tl.load(sums_ptr + at, mask=present, other=0.0), 0)
-        sum_bias += tl.sum(tl.load(sums_ptr + plane + at, mask=present, other=0.0), 0)
-        if grad_add_ptr is not None:
-            sum_xhat += tl.sum(tl.load(sums_ptr + 2 * plane + at, mask=present, other=0.0), 0)
-
-    at = n * all_channels + channel
-    tl.store(channel_sums_ptr + at, sum_weight, mask=inside)
-    tl.store(channel_sums_ptr + samples.to(tl.int64) * all_channels + at, sum_bias, mask=inside)
-    weight = _row(weight_ptr, channel, inside)
-    elements = (size.to(tl.int64) * GROUP).to(tl.float32)
-    mean_xhat = tl.sum(weight * sum_weight, 0) / elements
-    mean_one = tl.sum(weight * sum_bias, 0) / elements
-    at_group = n * groups + group
-    tl.store(group_means_ptr + at_group, mean_xhat)
-    tl.store(group_means_ptr + samples.to(tl.int64) * groups + at_group, mean_one)
-    if grad_add_ptr is not None:
-        # sum over pixels of the gradient of v, without another pass over them
-        grad_add = weight * sum_bias - size.to(tl.float32) * mean_one - sum_xhat * mean_xhat
-        tl.store(grad_add_ptr + at, tl.load(rstd_ptr + at_group) * grad_add, mask=inside)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _grad_input_kernel(
-    grad_y_ptr, x_ptr, skip_ptr, weight_ptr, bias_ptr, add_ptr, mean_ptr, rstd_ptr, group_means_ptr,
-    grad_x_ptr, grad_skip_ptr,
-    size, x_channels, skip_channels, add_stride, tiles, chunks, first_block, blocks, samples,
-    SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """grad_v = rstd * (weight*grad_u - mean_group(weight*grad_u) - xhat * mean_group(weight*grad_u*xhat))."""
-    size, x_channels, skip_channels = _aligned(size, x_channels, skip_channels, CHANNELS_LAST, VECTOR)
-    n, _, begin, left, block, in_skip = _program(size, x_channels, tiles, chunks, first_block, blocks, BLOCK_P, BLOCK_C)
-    first, last = _span(block, x_channels, skip_channels, BLOCK_C)
-    channel = first + tl.arange(0, BLOCK_C)
-    in_block = channel < last
-
-    all_channels = x_channels + skip_channels
-    groups = all_channels // GROUP
-    group = n * groups + channel // GROUP
-    centre = _row(mean_ptr, group, in_block)
-    rstd = _row(rstd_ptr, group, in_block)
-    mean_xhat = _row(group_means_ptr, group, in_block)
-    mean_one = _row(group_means_ptr, samples.to(tl.int64) * groups + group, in_block)
-    weight = _row(weight_ptr, channel, in_block)
-    bias = _row(bias_ptr, channel, in_block)
-    if add_ptr is not None:
-        centre -= _row(add_ptr, n * add_stride + channel, in_block)
-
-    channels = tl.where(in_skip, skip_channels, x_channels)
-    local = channel - tl.where(in_skip, x_channels, 0)
-    pixel = tl.arange(0, BLOCK_P)
-    offsets = _offsets(pixel, local, channels, size, CHANNELS_LAST)
-    y_offsets = _offsets(pixel, channel, all_channels, size, CHANNELS_LAST)
-    source = _pixels(tl.where(in_skip, skip_ptr, x_ptr), n, begin, channels, size, CHANNELS_LAST)
-    target = _pixels(tl.where(in_skip, grad_skip_ptr, grad_x_ptr), n, begin, channels, size, CHANNELS_LAST)
-    y_source = _pixels(grad_y_ptr, n, begin, all_channels, size, CHANNELS_LAST)
-    for tile in range(0, tl.minimum(tiles, tl.cdiv(left, BLOCK_P))):
-        valid = (tile * BLOCK_P + pixel < left)[:, None] & in_block[None, :]
-        value = tl.load(source + offsets, mask=valid, other=0.0).to(tl.float32)
-        grad_y = tl.load(y_source + y_offsets, mask=valid, other=0.0).to(tl.float32)
-        xhat, grad_u = _normalised(value, grad_y, centre, rstd, weight, bias, SILU)
-        grad = rstd[None, :] * (weight[None, :] * grad_u - mean_one[None, :] - xhat * mean_xhat[None, :])
-        tl.store(target + offsets, grad.to(grad_x_ptr.dtype.element_ty), mask=valid)
-        source += BLOCK_P * (channels if CHANNELS_LAST else 1)
-        target += BLOCK_P * (channels if CHANNELS_LAST else 1)
-        y_source += BLOCK_P * (all_channels if CHANNELS_LAST else 1)
-
-
-def _empty(like: Tensor, channels: int, channels_last: bool) -> Tensor:
+def empty(like: Tensor, channels: int, channels_last: bool) -> Tensor:
     """[N, channels, *spatial] in the layout, dtype and device of `like`."""
     samples, _, *spatial = like.shape
     if not channels_last:
@@ -406,7 +251,7 @@ def _empty(like: Tensor, channels: int, channels_last: bool) -> Tensor:
     return like.new_empty((samples, *spatial, channels)).movedim(-1, 1)
 
 
-def _configure(
+def configured(
     x: Tensor, skip: Tensor | None, grad_y: Tensor | None, num_groups: int, channels_last: bool, tile: int
 ) -> tuple[Config, int, int, int]:
     """(config, size, x_channels, skip_channels)"""
@@ -433,9 +278,9 @@ def forward(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [N, C, *spatial] like x, mean fp32 [N, G], rstd fp32 [N, G]); the statistics are those of x + channel_add."""
-    config, size, x_channels, skip_channels = _configure(x, skip, None, num_groups, channels_last, FORWARD_TILE)
+    config, size, x_channels, skip_channels = configured(x, skip, None, num_groups, channels_last, FORWARD_TILE)
     samples, channels = x.shape[0], x_channels + skip_channels
-    y = _empty(x, channels, channels_last)
+    y = empty(x, channels, channels_last)
     mean, rstd = x.new_empty((2, samples, num_groups), dtype=torch.float32)
     part_mean, part_m2 = x.new_empty((2, samples * config.blocks * config.slots * config.chunks), dtype=torch.float32)
     # without a skip no block lies in it, and its pointer is never followed
@@ -455,61 +300,3 @@ def forward(
             SILU=silu, PARTS=config.parts, BLOCK_K=max(16, 1024 // config.slots), **tile,
         )  # fmt: skip
     return y, mean, rstd
-
-
-def backward(
-    grad_y: Tensor,  # [N, C, *spatial], in the layout of x
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    channel_add: Tensor | None,
-    mean: Tensor,  # fp32 [N, G]
-    rstd: Tensor,  # fp32 [N, G]
-    num_groups: int,
-    silu: bool,
-    channels_last: bool,
-    needs: tuple[bool, bool, bool, bool, bool],  # x, skip, weight, bias, channel_add
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x and skip in their dtype, of weight, bias [C] and channel_add [N, C] in fp32; None where one is
-    not needed or its input absent."""
-    config, size, x_channels, skip_channels = _configure(x, skip, grad_y, num_groups, channels_last, BACKWARD_TILE)
-    samples, channels = x.shape[0], x_channels + skip_channels
-    group_size = channels // num_groups
-    need_x, need_skip, need_weight, need_bias, need_add = needs
-    need_skip, need_add = need_skip and skip is not None, need_add and channel_add is not None
-    if not (need_x or need_skip or need_weight or need_bias or need_add):
-        return None, None, None, None, None
-
-    sums = x.new_empty((3, samples, config.chunks, channels), dtype=torch.float32)
-    channel_sums = x.new_empty((2, samples, channels), dtype=torch.float32)
-    group_means = x.new_empty((2, samples, num_groups), dtype=torch.float32)
-    grad_add = x.new_empty((samples, channels), dtype=torch.float32) if need_add else None
-    inputs = (grad_y, x, x if skip is None else skip, weight, bias, channel_add, mean, rstd)
-    add_stride = 0 if channel_add is None else channel_add.stride(0)
-    sizes = (size, x_channels, skip_channels, add_stride, config.tiles, config.chunks)
-    tile = {
-        "SILU": silu, "CHANNELS_LAST": channels_last, "GROUP": group_size,
-        "BLOCK_P": config.block_p, "BLOCK_C": config.block_c, "VECTOR": config.vector,
-        "num_warps": config.num_warps,
-    }  # fmt: skip
-    block_d = triton.next_power_of_2(group_size)
-    with guard(x):
-        _grad_sums_kernel[(config.programs(samples),)](*inputs, sums, *sizes, config.blocks, samples, **tile)
-        _grad_groups_kernel[(samples * num_groups,)](
-            sums, weight, rstd, channel_sums, group_means, grad_add, size, channels, config.chunks, samples,
-            GROUP=group_size, BLOCK_D=block_d, BLOCK_K=max(1, 1024 // block_d), num_warps=4,
-        )  # fmt: skip
-        grad_x = _empty(x, x_channels, channels_last) if need_x else None
-        grad_skip = _empty(x, skip_channels, channels_last) if need_skip else None
-        if need_x or need_skip:
-            # blocks of x come first, then those of skip: leave out whichever is not needed
-            x_blocks = -(-x_channels // config.block_c)
-            first_block = 0 if need_x else x_blocks
-            blocks = (config.blocks if need_skip else x_blocks) - first_block
-            targets = (grad_x if need_x else grad_skip, grad_skip if need_skip else grad_x)
-            _grad_input_kernel[(samples * config.chunks * blocks,)](
-                *inputs, group_means, *targets, *sizes, first_block, blocks, samples, **tile
-            )
-    grad_weight, grad_bias = channel_sums.sum(1) if need_weight or need_bias else (None, None)
-    return grad_x, grad_skip, grad_weight if need_weight else None, grad_bias if need_bias else None, grad_add

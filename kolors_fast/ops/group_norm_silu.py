@@ -265,7 +265,7 @@ def _triton_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _triton_backward(call: Call, grads: Grads, saved: Saved, needs: list[bool]) -> Gradients:
-    from kolors_fast.kernels import group_norm_silu as kernel
+    from kolors_fast.kernels import group_norm_silu_backward as kernel
 
     last = _layout.is_channels_last(call.x)
     grad_y = _layout.as_layout(grads[0], last)
