@@ -160,6 +160,19 @@ def geglu(d: Draws) -> Inputs:
     return gate(d, gate_first=False)
 
 
+def geglu_linear(d: Draws) -> Inputs:
+    """Rows and features enough that a root mean square is no luck, h of this example's magnitude with gates of order 1:
+    products of two large ones do not fit fp16."""
+    rows, features, depth = d.size(40, least=12), d.size(40, least=12), d.size(130)
+    weight = d.flat(2 * features, depth, deviation=depth**-0.5)
+    weight[features:] /= abs(d.mean) + d.deviation
+    return {
+        "x": d.tensor(*d.draw(st.sampled_from(((rows,), (2, rows), (0, rows)))), depth, last_dense=d.chance()),
+        "weight": d.placed(weight, last_dense=d.chance()),
+        "bias": d.flat(2 * features) if d.chance() else None,
+    }
+
+
 def swiglu(d: Draws) -> Inputs:
     return gate(d, gate_first=True)
 
@@ -217,8 +230,8 @@ def double(inputs: Inputs) -> Inputs:
 
 
 def test_every_op_has_properties() -> None:
-    """But those that write in place, and those whose CPU column is another op of ours and a function of PyTorch's."""
-    assert {name for name, spec in SPECS.items() if not spec.mutated and not spec.traced_as} == set(INPUTS)
+    """But those that write in place, and attention, which is another op of ours and a function of PyTorch's."""
+    assert {name for name, spec in SPECS.items() if not spec.mutated} - {"qk_norm_attention"} == set(INPUTS)
 
 
 @pytest.mark.skipif(_backends.unavailable("cpu") is not None, reason=str(_backends.unavailable("cpu")))
