@@ -161,15 +161,19 @@ def geglu(d: Draws) -> Inputs:
 
 
 def geglu_linear(d: Draws) -> Inputs:
-    """Rows and features enough that a root mean square is no luck, h of this example's magnitude with gates of order 1:
-    products of two large ones do not fit fp16."""
-    rows, features, depth = d.size(40, least=12), d.size(40, least=12), d.size(130)
-    weight = d.flat(2 * features, depth, deviation=depth**-0.5)
-    weight[features:] /= abs(d.mean) + d.deviation
+    """Rows and features enough that a root mean square is no luck, and only the gates of this example's magnitude."""
+    shape, features, depth = (
+        (d.draw(st.sampled_from((0, 1, 2))), d.size(20, least=12)),
+        d.size(40, least=12),
+        d.size(130),
+    )
+    weight, bias = d.flat(2 * features, depth, deviation=depth**-0.5), d.flat(2 * features)
+    weight[features:] *= d.deviation
+    bias[features:] += d.mean
     return {
-        "x": d.tensor(*d.draw(st.sampled_from(((rows,), (2, rows), (0, rows)))), depth, last_dense=d.chance()),
+        "x": d.placed(d.flat(*shape, depth), last_dense=d.chance()),
         "weight": d.placed(weight, last_dense=d.chance()),
-        "bias": d.flat(2 * features) if d.chance() else None,
+        "bias": bias if d.chance() else None,
     }
 
 
