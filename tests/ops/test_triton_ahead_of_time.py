@@ -50,6 +50,8 @@ CASES = {
     "qk_norm": ("sd35_2x4096+333x24x64", "head_dim_72", "plain", "offset_view"),
     "qk_norm_attention": (
         "kolors_cross_2x1024x20x64",
+        "kolors_cross_2x1024x20x64_256",
+        "kolors_cross_2x4096x10x64",
         "sd35_2x4096+333x24x64",
         "pixart_self_2x4096x16x72",
         "plain",
