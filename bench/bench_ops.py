@@ -43,6 +43,7 @@ ON_CPU = (
     "gpt_192x16",
     "kolors_512_2x1024x5120",
     "kolors_512_2x256x10240",
+    "kolors_512_2x256x1280_to_5120",
     "chatglm_1x256x27392",
     "chatglm_1x256x4096",
     "sd35_2x4096x24x64",

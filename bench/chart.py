@@ -14,9 +14,10 @@ from typing import Any
 
 COLOURS = {
     "eager": "#9aa0a6", "diffusers": "#9aa0a6", "compile": "#5f6b7a", "diffusers_compile": "#5f6b7a",
-    "cpu": "#1a73e8", "kolors_fast": "#1a73e8", "triton": "#e8710a", "cuda": "#188038",
+    "reference": "#c4b5a0", "cpu": "#1a73e8", "kolors_fast": "#1a73e8", "triton": "#e8710a", "cuda": "#188038",
+    "triton_epilogue": "#f9ab00", "liger": "#a142f4", "sdpa": "#12b5cb", "flash_attn": "#e52592",
+    "flash_attn_3": "#9c166b", "xformers": "#7cb342",
 }  # fmt: skip
-OTHER = "#a142f4"  # peers
 BAR, GAP, TEXT, SCALE, FONT = 12, 10, 420, 90, 11
 
 
@@ -30,7 +31,7 @@ def chart(report: dict[str, Any]) -> str:
     for group, providers in groups.items():
         lines.append(_text(TEXT - 8, y + BAR * len(providers) / 2 + 4, group, "end"))
         for name, speedup in providers:
-            colour = COLOURS.get(name, OTHER)
+            colour = COLOURS[name]
             lines.append(f'<rect x="{TEXT}" y="{y}" width="{speedup * SCALE:.1f}" height="{BAR - 2}" fill="{colour}"/>')
             lines.append(_text(TEXT + speedup * SCALE + 4, y + BAR - 3, f"{name} {speedup:.2f}", "start"))
             y += BAR

@@ -2,7 +2,7 @@
 
 Each takes the op's own arguments and computes the op's own function, glued together with plain PyTorch where the
 library has a part of it. A peer whose result differs is reported and not timed (Liger's GEGLU, for one, is the tanh
-approximation and not listed).
+approximation and not listed). A kernel of ours is among them where its times are to decide whether the op uses it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kolors_fast.ops import _attention
+from kolors_fast.ops.geglu_linear import epilogue
 
 
 def _liger(module: str, name: str) -> Any:
@@ -47,6 +48,13 @@ def _liger_group_norm_silu(
     return F.silu(h) if activation else h
 
 
+def _triton_epilogue(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """GEGLU as the epilogue of our own product: the rows that it wins belong into `EPILOGUE_PAYS_FROM`."""
+    if not x.is_cuda:
+        raise NotImplementedError(f"runs on cuda tensors, got {x.device}")
+    return epilogue(x, weight, bias)
+
+
 def _attention_of(
     provider: str, q: Tensor, k: Tensor, v: Tensor, *, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
     added: Any = None, eps: float = 1e-6, scale: float | None = None, key_bias: Tensor | None = None,
@@ -70,6 +78,7 @@ def _attention_of(
 
 PEERS: dict[str, dict[str, Callable[..., Any]]] = {
     "group_norm_silu": {"liger": _liger_group_norm_silu},
+    "geglu_linear": {"triton_epilogue": _triton_epilogue},
     "residual_layer_norm": {"liger": _liger_residual_layer_norm},
     "rms_norm": {"liger": _liger_rms_norm},
     "swiglu": {"liger": _liger_swiglu},

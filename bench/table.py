@@ -23,7 +23,7 @@ def table(report: dict[str, Any]) -> str:
     for group, providers in groups.items():
         cells = [
             f"{name} {_time(stats['median'])} (± {_time(stats['iqr'] / 2)}, {stats['speedup']:.2f}x)"
-            for name, stats in sorted(providers.items(), key=lambda item: ORDER.index(item[0]))
+            for name, stats in sorted(providers.items(), key=lambda item: _place(item[0]))
         ]
         lines.append(f"| {group} | {' | '.join(cells)} |")
     info = report["machine_info"]
@@ -31,6 +31,11 @@ def table(report: dict[str, Any]) -> str:
     cpu = info["cpu"].get("brand_raw", info["machine"])
     lines.append(f"{cpu}, {info['threads']} threads, torch {info['torch']}, GPU: {info['gpu']}")
     return "\n".join(lines)
+
+
+def _place(provider: str) -> int:
+    """Peers come last, in the order in which they ran."""
+    return ORDER.index(provider) if provider in ORDER else len(ORDER)
 
 
 def _time(seconds: float) -> str:

@@ -42,7 +42,7 @@ def configure(features: int, row_stride: int, itemsize: int, aligned: bool) -> C
 
 
 @triton.jit
-def _gauss(x, PRECISE: tl.constexpr):
+def gauss(x, PRECISE: tl.constexpr):
     """(Phi(x), phi(x)) of the normal distribution, from one exponential; see csrc/cpu/gauss.h for the coefficients.
 
     For a = |x|, Phi(-a) = exp(-a^2 / 2) * (quotient of polynomials), so the left tail keeps its digits."""
@@ -68,7 +68,7 @@ def _gauss(x, PRECISE: tl.constexpr):
 def _activated(x, GELU: tl.constexpr, PRECISE: tl.constexpr):
     """act(x) and its derivative."""
     if GELU:
-        cdf, pdf = _gauss(x, PRECISE)
+        cdf, pdf = gauss(x, PRECISE)
         return x * cdf, cdf + x * pdf
     else:
         s = 1.0 / (1.0 + tl.exp(-x))

@@ -8,7 +8,7 @@
 A program holds a block of queries of one stream and walks over the keys of the first stream, then of the second, with
 a running maximum and sum (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao,
 "FlashAttention-2", 2023). Only the last tile of a stream is masked. The softmax is fp32, its exponentials are powers of
-two. With a few keys the tiles of K and V stay on chip instead, while the program walks over blocks of queries.
+two. With a few keys K and V stay on chip instead, as one tile, while the program walks over blocks of queries.
 
 Queries are normalised where they are loaded. Keys are normalised once, into a scratch of their stream's size: inside
 the loop every block of queries would do it again (32 times in a picture of 64x64 tokens) and push K through registers,
@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import architecture, guard, multiprocessors
-from .qk_norm_attention_config import Config, configure, few_keys_chunk
+from .qk_norm_attention_config import Config, configure, few_keys_chunk, few_keys_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -338,10 +338,10 @@ def _forward_kernel(
 def _few_keys_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, bias_ptr, out_ptr, lse_ptr,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, heads, queries, keys, blocks, eps, scale,
-    TILES: tl.constexpr, HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    HEAD: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """`blocks` blocks of queries of one head, with TILES tiles of keys that are loaded once."""
+    """`blocks` blocks of queries of one head, with all of its keys in one tile that is loaded once."""
     chunks = tl.cdiv(tl.cdiv(queries, BLOCK_Q), blocks)
     chunk = tl.program_id(0) % chunks
     h = (tl.program_id(0) // chunks % heads).to(tl.int64)
@@ -352,11 +352,9 @@ def _few_keys_kernel(
     v_stride = aligned(v_row, VECTOR)
     k_source = head_of(k_ptr, b, h, k_batch, k_head, VECTOR)
     v_source = head_of(v_ptr, b, h, v_batch, v_head, VECTOR)
-    tiles = ()
-    for t in tl.static_range(TILES):
-        k, k_tail = load_rows(k_source, t * BLOCK_K + key, k_stride, keys, HEAD, MAIN, TAIL, True)
-        v, v_tail = load_rows(v_source, t * BLOCK_K + key, v_stride, keys, HEAD, MAIN, TAIL, True)
-        tiles = tiles + ((tl.trans(k), tl.trans(k_tail), v, v_tail),)  # type: ignore[assignment]  # noqa: RUF005
+    k, k_tail = load_rows(k_source, key, k_stride, keys, HEAD, MAIN, TAIL, True)
+    v, v_tail = load_rows(v_source, key, v_stride, keys, HEAD, MAIN, TAIL, True)
+    k, k_tail = tl.trans(k), tl.trans(k_tail)
 
     scale *= LOG2_E
     row = tl.arange(0, BLOCK_Q)
@@ -375,13 +373,12 @@ def _few_keys_kernel(
         sums_tail = sums
         if TAIL > 0:
             sums_tail = tl.zeros([BLOCK_Q, TAIL], tl.float32)
-        for t in tl.static_range(TILES):
-            # not kept as well: five tiles of it would take eighty registers
-            bias = load_bias(bias_ptr, b * keys, t * BLOCK_K + key, keys, BLOCK_K)
-            top, total, sums, sums_tail = _attend(
-                q, q_tail, tiles[t][0], tiles[t][1], tiles[t][2], tiles[t][3], bias, t * BLOCK_K + key < keys,
-                top, total, sums, sums_tail, scale, TAIL, bias_ptr is not None, t == TILES - 1,
-            )  # fmt: skip
+        # not kept as well: every thread holds it for a quarter of the keys or more
+        bias = load_bias(bias_ptr, b * keys, key, keys, BLOCK_K)
+        top, total, sums, sums_tail = _attend(
+            q, q_tail, k, k_tail, v, v_tail, bias, key < keys, top, total, sums, sums_tail, scale,
+            TAIL, bias_ptr is not None, True,
+        )  # fmt: skip
         inside = row < queries - begin
         tl.store(lse_ptr + (b * heads + h) * queries + begin + row, (top + tl.log2(total)) * LN_2, mask=inside)
         target = out_ptr + (b * queries + begin) * out_stride + h * HEAD
@@ -438,7 +435,7 @@ def forward(
     samples, queries, heads, head_dim = q.shape
     keys, added_keys = k.shape[1], 0 if added_k is None else added_k.shape[1]
     added_queries = 0 if added_q is None else added_q.shape[1]
-    config = configure(head_dim, keys + added_keys, q.element_size(), architecture(q.device))
+    config = configure(head_dim, q.element_size(), architecture(q.device))
     out = q.new_empty(q.shape)
     added_out = None if added_q is None else q.new_empty(added_q.shape)
     lse = q.new_empty((samples, heads, queries + added_queries), dtype=torch.float32)
@@ -447,16 +444,17 @@ def forward(
 
     with guard(q):
         k = normalise(k, k_weight, eps, config)
-        if added_k is None and config.few_keys is not None:
-            tile = config.few_keys
-            blocks = few_keys_chunk(samples * heads, triton.cdiv(queries, tile.queries), multiprocessors(q.device))
-            chunks = triton.cdiv(triton.cdiv(queries, tile.queries), blocks)
+        vector = vector_of([q, k, v])
+        few = few_keys_tile(head_dim, keys, q.element_size(), vector, architecture(q.device))
+        if added_k is None and few is not None:
+            blocks = few_keys_chunk(samples * heads, triton.cdiv(queries, few.queries), multiprocessors(q.device))
+            chunks = triton.cdiv(triton.cdiv(queries, few.queries), blocks)
             _few_keys_kernel[(chunks * heads * samples,)](
                 q, k, v, q_weight, key_bias, out, lse, *strides(q), *strides(k), *strides(v),
                 heads, queries, keys, blocks, eps, scale,
-                TILES=config.tiles, HEAD=head_dim, MAIN=config.main, TAIL=config.tail,
-                BLOCK_Q=tile.queries, BLOCK_K=tile.keys, VECTOR=vector_of([q, k, v]),
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
+                HEAD=head_dim, MAIN=config.main, TAIL=config.tail,
+                BLOCK_Q=few.queries, BLOCK_K=few.keys, VECTOR=vector,
+                num_warps=few.num_warps, num_stages=few.num_stages,
             )  # fmt: skip
             return out, added_out, lse
 

@@ -416,7 +416,7 @@ def backward(
             for t, want in zip(tensors, wanted, strict=True)
         )  # fmt: skip
 
-    config = configure(head_dim, keys + added_keys, q.element_size(), architecture(q.device))
+    config = configure(head_dim, q.element_size(), architecture(q.device))
     # a stream that is not there lends its name to the first: its rows are never reached
     q2, q2_weight = (q, q_weight) if added_q is None else (added_q, added_q_weight)
     k2, k2_weight, v2 = (k, k_weight, v)

@@ -184,6 +184,38 @@ class Operator:
         return (*wanted, *[None] * len(ctx.numbers))
 
 
+def backward_by_rerun(
+    function: Callable[[Any], tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A column's `backward` that runs `function`, of plain PyTorch and differentiable ops, again under autograd."""
+
+    def backward(
+        call: Any, grads: tuple[Tensor | None, ...], saved: tuple[Tensor, ...], needs: list[bool]
+    ) -> tuple[Tensor | None, ...]:
+        fields: list[Any] = list(call)
+        with torch.enable_grad():
+            for i, need in enumerate(needs):
+                fields[i] = None if fields[i] is None else fields[i].detach().requires_grad_(need)
+            results = function(type(call)(*fields))
+        wanted = [i for i, need in enumerate(needs) if need and fields[i] is not None]
+        given = [(y, grad) for y, grad in zip(results, grads, strict=True) if y is not None and grad is not None]
+        found: list[Tensor | None] = [None] * len(needs)
+        for i, grad in zip(
+            wanted,
+            torch.autograd.grad(
+                [y for y, _ in given],
+                [fields[i] for i in wanted],
+                [grad for _, grad in given],
+                materialize_grads=True,
+            ),
+            strict=True,
+        ):
+            found[i] = grad
+        return tuple(found)
+
+    return backward
+
+
 def _annotations(call: type[NamedTuple]) -> dict[str, str]:
     """Field -> its type as written; the modules of ops postpone the evaluation of annotations."""
     return {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in call.__annotations__.items()}

@@ -142,6 +142,7 @@ ATTENTION_CASES = (
     _attention_case("kolors_self_2x4096x10x64", 2, 4096, 10, 64, weights="none", model=True),
     _attention_case("kolors_self_2x1024x20x64", 2, 1024, 20, 64, weights="none", model=True),
     _attention_case("kolors_cross_2x1024x20x64", 2, 1024, 20, 64, keys=257, weights="none", bias=-10000.0, model=True),
+    _attention_case("kolors_cross_2x1024x20x64_256", 2, 1024, 20, 64, keys=256, weights="none", bias=-1e4, model=True),
     _attention_case("kolors_cross_2x4096x10x64", 2, 4096, 10, 64, keys=77, weights="none", model=True),
     _attention_case("sd35_2x4096+333x24x64", 2, 4096, 24, 64, added=(333, 333), model=True),
     _attention_case("sd35_2x1024+333x24x64", 2, 1024, 24, 64, added=(333, 333), model=True),

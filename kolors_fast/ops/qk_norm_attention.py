@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _attention, _backends, _streams
-from ._operator import Operator
+from ._operator import Operator, backward_by_rerun
 from ._qk_norm_cases import ATTENTION_CASES
 from ._spec import Inputs, OpSpec, Tolerance
 from ._streams import AddedStream
@@ -196,36 +196,6 @@ def _forward_of(function: Callable[[Call], tuple[Tensor, Tensor | None]]) -> Cal
     return lambda call: (*function(call), call.q.new_zeros(_lse_shape(call), dtype=torch.float32))
 
 
-def _backward_of(function: Callable[[Call], tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Gradients by running the forward again, under autograd."""
-
-    def backward(
-        call: Call, grads: tuple[Tensor | None, ...], saved: tuple[Tensor, ...], needs: list[bool]
-    ) -> tuple[Tensor | None, ...]:
-        fields: list[Any] = list(call)
-        with torch.enable_grad():
-            for i, need in enumerate(needs):
-                fields[i] = None if fields[i] is None else fields[i].detach().requires_grad_(need)
-            results = function(Call(*fields))
-        wanted = [i for i, need in enumerate(needs) if need and fields[i] is not None]
-        given = [(y, grad) for y, grad in zip(results, grads, strict=True) if y is not None and grad is not None]
-        found: list[Tensor | None] = [None] * len(needs)
-        for i, grad in zip(
-            wanted,
-            torch.autograd.grad(
-                [y for y, _ in given],
-                [fields[i] for i in wanted],
-                [grad for _, grad in given],
-                materialize_grads=True,
-            ),
-            strict=True,
-        ):
-            found[i] = grad
-        return tuple(found)
-
-    return backward
-
-
 def _triton_forward(call: Call) -> Outputs:
     from kolors_fast.kernels import qk_norm_attention as kernel  # triton is imported at first use
 
@@ -253,10 +223,10 @@ def _declines(call: Call) -> str | None:
 
 
 COLUMNS = {
-    "reference": _backends.Column(_forward_of(_reference), _backward_of(_reference)),
-    "cpu": _backends.Column(_forward_of(_composed), _backward_of(_composed)),
+    "reference": _backends.Column(_forward_of(_reference), backward_by_rerun(_reference)),
+    "cpu": _backends.Column(_forward_of(_composed), backward_by_rerun(_composed)),
     "triton": _backends.Column(_triton_forward, _triton_backward),
-    "cuda": _backends.Column(_forward_of(_composed), _backward_of(_composed), _declines),
+    "cuda": _backends.Column(_forward_of(_composed), backward_by_rerun(_composed), _declines),
 }
 
 

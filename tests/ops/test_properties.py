@@ -160,6 +160,23 @@ def geglu(d: Draws) -> Inputs:
     return gate(d, gate_first=False)
 
 
+def geglu_linear(d: Draws) -> Inputs:
+    """Rows and features enough that a root mean square is no luck, and only the gates of this example's magnitude."""
+    shape, features, depth = (
+        (d.draw(st.sampled_from((0, 1, 2))), d.size(20, least=12)),
+        d.size(40, least=12),
+        d.size(130),
+    )
+    weight, bias = d.flat(2 * features, depth, deviation=depth**-0.5), d.flat(2 * features)
+    weight[features:] *= d.deviation
+    bias[features:] += d.mean
+    return {
+        "x": d.placed(d.flat(*shape, depth), last_dense=d.chance()),
+        "weight": d.placed(weight, last_dense=d.chance()),
+        "bias": bias if d.chance() else None,
+    }
+
+
 def swiglu(d: Draws) -> Inputs:
     return gate(d, gate_first=True)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from kolors_fast.kernels import qk_norm_attention as kernel
 from kolors_fast.kernels.qk_norm_attention_backward import backward
-from kolors_fast.kernels.qk_norm_attention_config import Tile, configure, few_keys_chunk, head_split
+from kolors_fast.kernels.qk_norm_attention_config import Tile, configure, few_keys_chunk, few_keys_tile, head_split
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,6 +55,10 @@ CASES = {
     "5_keys": Shape(2, 2, 64, 67, 5),
     "77_keys": Shape(2, 2, 64, 67, 77, bias=True, weights="qk"),
     "77_keys_head_72": Shape(1, 1, 72, 40, 77, bias=True),
+    "100_keys_head_128": Shape(1, 1, 128, 65, 100, weights="qk"),
+    "129_keys": Shape(1, 2, 64, 67, 129, weights="qk"),
+    "256_keys": Shape(2, 1, 64, 67, 256, bias=True),
+    "256_keys_head_72": Shape(1, 1, 72, 33, 256, bias=True),
     "257_keys": Shape(1, 1, 64, 33, 257, bias=True),
     "one_query": Shape(1, 3, 64, 1, 2),
 }
@@ -269,10 +273,8 @@ def test_a_head_is_covered_with_little_waste(head_dim: int, split: tuple[int, in
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
-def test_tiles_fit_and_do_not_follow_the_resolution(head_dim: int, architecture: int, itemsize: int) -> None:
-    config = configure(head_dim, 4096, itemsize, architecture)
-    assert config == configure(head_dim, 4429, itemsize, architecture)
-    assert config.few_keys is None
+def test_tiles_fit(head_dim: int, architecture: int, itemsize: int) -> None:
+    config = configure(head_dim, itemsize, architecture)
 
     def resident(tile: Tile, rows: int, streamed: int) -> int:
         return (2 * rows + 2 * streamed * tile.num_stages) * (config.main + config.tail) * itemsize
@@ -284,13 +286,16 @@ def test_tiles_fit_and_do_not_follow_the_resolution(head_dim: int, architecture:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_few_keys_stay_on_chip(architecture: int) -> None:
-    for keys in (1, 5, 77, 128):
-        config = configure(64, keys, 2, architecture)
-        assert config.few_keys is not None and config.few_keys.keys * (config.tiles - 1) < keys
-        assert config.few_keys.keys * config.tiles >= keys
-    assert configure(64, 257, 2, architecture).few_keys is None
-    assert configure(64, 5, 4, architecture).few_keys is None  # fp32 has no spare registers
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 128])
+def test_few_keys_stay_on_chip(head_dim: int, architecture: int) -> None:
+    most = 256 if head_dim <= 64 else 128
+    for keys in range(1, most + 1):
+        tile = few_keys_tile(head_dim, keys, 2, 8, architecture)
+        assert tile is not None and keys <= tile.keys <= max(64, 2 * keys - 2)
+        rows = 2 * tile.keys + tile.queries * (1 + tile.num_stages)  # K, V; q in flight, and a tile of results
+        assert rows * sum(head_split(head_dim)) * 2 <= SHARED_MEMORY[architecture]
+    for keys, itemsize, vector in ((most + 1, 2, 8), (257, 2, 8), (4096, 2, 8), (5, 4, 4), (65, 2, 1)):
+        assert few_keys_tile(head_dim, keys, itemsize, vector, architecture) is None
 
 
 def test_few_keys_programs_fill_the_gpu() -> None:
@@ -301,4 +306,4 @@ def test_few_keys_programs_fill_the_gpu() -> None:
 
 def test_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        configure(64, 4096, 2, 90).tiles = 1  # type: ignore[misc]
+        configure(64, 2, 90).main = 1  # type: ignore[misc]
