@@ -218,24 +218,24 @@ def _configure(x: Tensor, others: tuple[Tensor | None, ...], strides: tuple[int,
 
 def _stride(rows: Tensor | None) -> int:
     """Elements from the row of one sample to that of the next; 0 for what all samples share."""
-    return rows.stride(0) if rows is not None and rows.dim() == 2 else 0
+    return rows.stride(0) if rows is not None and rows.dim() > 1 else 0
 
 
 def forward(
     x: Tensor,  # [B, *, D], contiguous
     y: Tensor | None,  # like x
-    gate: Tensor | None,  # [B, D], rows anywhere
-    scale: Tensor,  # [B, D], or [D] for all samples
-    shift: Tensor,  # [B, D] or [D]
+    gate: Tensor | None,  # [B, D] or [B, 1, D], rows anywhere
+    scale: Tensor,  # [B, D] or [B, 1, D], or [D] for all samples
+    shift: Tensor,  # like scale
     eps: float,
     scale_added: float,  # 1 where the factor is 1 + scale
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(r or None without a y, out, both like x, statistics fp32 [2, rows of x]: mean and rstd of each row of r)."""
+    """(r or None without a y, out, both like x, statistics fp32 [2 * rows of x]: mean, then rstd of each row of r)."""
     d, out = x.shape[-1], torch.empty_like(x)
-    samples = scale.shape[0] if scale.dim() == 2 else 1
+    samples = scale.shape[0] if scale.dim() > 1 else 1
     all_rows = x.numel() // d
     r = None if y is None else torch.empty_like(x)
-    statistics = x.new_empty((2, all_rows), dtype=torch.float32)
+    statistics = x.new_empty(2 * all_rows, dtype=torch.float32)
     strides = (_stride(gate), _stride(scale), _stride(shift))
     config = _configure(x, (y, gate, scale, shift), strides, FORWARD_ELEMENTS)
     rows = all_rows // samples
@@ -253,15 +253,15 @@ def backward(
     grad_out: Tensor,  # like r
     r: Tensor,  # [B, *, D], contiguous
     y: Tensor | None,  # like r; None where the gradient of the gate is not wanted
-    gate: Tensor | None,  # [B, D]; None where there is none or grad_y is not wanted
-    scale: Tensor,  # [B, D], or [D] for all samples
-    statistics: Tensor,  # fp32 [2, rows]
+    gate: Tensor | None,  # as in forward; None where there is none or grad_y is not wanted
+    scale: Tensor,  # [B, D] or [B, 1, D], or [D] for all samples
+    statistics: Tensor,  # fp32 [2 * rows]
     scale_added: float,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(gradient of x, of y where there is a gate, fp32 [2 or 3, samples, D]: of scale, shift and, with a y, gate)."""
-    d, all_rows = r.shape[-1], statistics.shape[1]
-    samples = scale.shape[0] if scale.dim() == 2 else 1
+    d, all_rows = r.shape[-1], statistics.shape[0] // 2
+    samples = scale.shape[0] if scale.dim() > 1 else 1
     grad_x = torch.empty_like(r) if needs_x else None
     grad_y = None if gate is None else torch.empty_like(r)
     strides = (_stride(gate), _stride(scale))

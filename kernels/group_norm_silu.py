@@ -276,12 +276,13 @@ def forward(
     eps: float,
     silu: bool,
     channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [N, C, *spatial] like x, mean fp32 [N, G], rstd fp32 [N, G]); the statistics are those of x + channel_add."""
+) -> tuple[Tensor, Tensor]:
+    """(y [N, C, *spatial] like x, statistics fp32 [2 * N * G]): the mean, then the rstd of every group of
+    x + channel_add."""
     config, size, x_channels, skip_channels = configured(x, skip, None, num_groups, channels_last, FORWARD_TILE)
     samples, channels = x.shape[0], x_channels + skip_channels
     y = empty(x, channels, channels_last)
-    mean, rstd = x.new_empty((2, samples, num_groups), dtype=torch.float32)
+    statistics = x.new_empty(2 * samples * num_groups, dtype=torch.float32)
     part_mean, part_m2 = x.new_empty((2, samples * config.blocks * config.slots * config.chunks), dtype=torch.float32)
     # without a skip no block lies in it, and its pointer is never followed
     sources = (x, x if skip is None else skip)
@@ -296,7 +297,7 @@ def forward(
     with guard(x):
         _statistics_kernel[grid](*sources, channel_add, part_mean, part_m2, *sizes, **tile)
         _apply_kernel[grid](
-            *sources, weight, bias, channel_add, part_mean, part_m2, y, mean, rstd, *sizes, eps,
+            *sources, weight, bias, channel_add, part_mean, part_m2, y, *statistics.chunk(2), *sizes, eps,
             SILU=silu, PARTS=config.parts, BLOCK_K=max(16, 1024 // config.slots), **tile,
         )  # fmt: skip
-    return y, mean, rstd
+    return y, statistics

@@ -190,8 +190,7 @@ def backward(
     weight: Tensor,
     bias: Tensor,
     channel_add: Tensor | None,
-    mean: Tensor,  # fp32 [N, G]
-    rstd: Tensor,  # fp32 [N, G]
+    statistics: Tensor,  # fp32 [2 * N * G]: mean, then rstd
     num_groups: int,
     silu: bool,
     channels_last: bool,
@@ -211,6 +210,7 @@ def backward(
     channel_sums = x.new_empty((2, samples, channels), dtype=torch.float32)
     group_means = x.new_empty((2, samples, num_groups), dtype=torch.float32)
     grad_add = x.new_empty((samples, channels), dtype=torch.float32) if need_add else None
+    mean, rstd = statistics.chunk(2)
     inputs = (grad_y, x, x if skip is None else skip, weight, bias, channel_add, mean, rstd)
     add_stride = 0 if channel_add is None else channel_add.stride(0)
     sizes = (size, x_channels, skip_channels, add_stride, config.tiles, config.chunks)

@@ -122,17 +122,30 @@ def declined(backend: str, columns: Mapping[str, Column], call: tuple[Any, ...])
     x: Tensor = call[0]
     if backend not in columns:
         return "the op has no such column"
+    if reason := _unfit(backend, x.device.type, x.dtype):
+        return reason
+    column = columns[backend]
+    return column.declines(call) if column.declines is not None else None
+
+
+def _unfit(backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` runs no op at all on such tensors, or None."""
     if backend == "reference":
         return None
     if reason := unavailable(backend):
         return reason
     runs_on = "cpu" if backend == "cpu" or (backend == "triton" and interpreted()) else "cuda"
-    if x.device.type != runs_on:
-        return f"runs on {runs_on} tensors, got {x.device}"
-    if x.dtype not in _FUSED_DTYPES:
-        return f"computes float32, float16 and bfloat16, got {x.dtype}"
-    column = columns[backend]
-    return column.declines(call) if column.declines is not None else None
+    if device != runs_on:
+        return f"runs on {runs_on} tensors, got {device}"
+    if dtype not in _FUSED_DTYPES:
+        return f"computes float32, float16 and bfloat16, got {dtype}"
+    return None
+
+
+@once
+def _fit(device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends to try for such tensors, in order: all but those that run no op on them."""
+    return tuple(name for name in _ORDER.get(device, ("reference",)) if _unfit(name, device, dtype) is None)
 
 
 def choose(op: str, columns: Mapping[str, Column], call: tuple[Any, ...]) -> str:
@@ -145,8 +158,10 @@ def choose(op: str, columns: Mapping[str, Column], call: tuple[Any, ...]) -> str
         if reason := declined(_forced, columns, call):
             raise BackendError(f"{op}: backend {_forced!r} was asked for and declines: {reason}")
         return _forced
-    for backend in _ORDER.get(call[0].device.type, ("reference",)):
-        if declined(backend, columns, call) is None:
+    x: Tensor = call[0]
+    for backend in _fit("cpu" if x.is_cpu else x.device.type, x.dtype):  # a device's type is slow to ask for
+        column = columns.get(backend)
+        if column is not None and (column.declines is None or column.declines(call) is None):
             return backend
     return "reference"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 def check_x(op: str, x: Tensor) -> None:
     if x.dim() < 2:
         raise ValueError(f"{op}: x: expected [B, *, D], got {list(x.shape)}")
-    if not x.dtype.is_floating_point:
+    if not x.is_floating_point():
         raise TypeError(f"{op}: x: expected a floating dtype, got {x.dtype}")
 
 
@@ -39,16 +39,15 @@ def parameter_dtype(first: Tensor, x: Tensor) -> torch.dtype:
     return x.dtype if first.dtype == x.dtype else torch.float32
 
 
-def modulation(op: str, name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale, shift or gate, checked, as [B, D]: a view, so that a chunk of a projection stays where it is."""
-    expected, rows = (x.shape[0], x.shape[-1]), value
-    if value.shape != expected:
-        if value.shape != (expected[0], 1, expected[1]):
-            b, d = expected
+def check_modulations(op: str, x: Tensor, dtype: torch.dtype, **named: Tensor) -> None:
+    """scale, shift, gate: [B, D] or [B, 1, D]. They stay what they are: a view of each would cost a microsecond."""
+    shape, device = x.shape, x.device
+    b, d = shape[0], shape[-1]
+    for name, value in named.items():
+        if value.shape != (b, d) and value.shape != (b, 1, d):
             raise ValueError(f"{op}: {name}: expected {[b, d]} or {[b, 1, d]}, got {list(value.shape)}")
-        rows = value.squeeze(1)
-    check_like(op, name, value, x, dtype)
-    return rows
+        if value.dtype != dtype or value.device != device:
+            check_like(op, name, value, x, dtype)
 
 
 # ---- what the kernels see
@@ -56,27 +55,27 @@ def modulation(op: str, name: str, value: Tensor, x: Tensor, dtype: torch.dtype)
 
 def geometry(x: Tensor) -> tuple[int, int, int]:
     """Samples, rows of a sample, D."""
-    shape = x.shape
-    return shape[0], math.prod(shape[1:-1]), shape[-1]
+    shape = tuple(x.shape)
+    return shape if len(shape) == 3 else (shape[0], math.prod(shape[1:-1]), shape[-1])
 
 
 def dense_rows(value: Tensor) -> Tensor:
-    """[B, D] with the last axis contiguous; the rows may lie anywhere."""
-    return value if value.stride(1) == 1 else value.contiguous()
+    """[B, D] or [B, 1, D] with the last axis contiguous; the rows may lie anywhere."""
+    return value if value.stride(-1) == 1 else value.contiguous()
 
 
 def empty_statistics(x: Tensor, rows: int) -> Tensor:
-    """[2, rows]: mean and rstd of every row, for the backward pass; in one tensor, which costs one allocation."""
-    return x.new_empty((2, rows), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    """[2 * rows]: mean, then rstd of every row, for the backward pass. To allocate one tensor of one axis costs least."""
+    return x.new_empty(2 * rows, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 # ---- the definition
 
 
 def per_row(value: Tensor, x: Tensor) -> Tensor:
-    """[B, D] -> broadcastable over x [B, *, D], in fp32 or float64 as x is computed."""
+    """[B, D] or [B, 1, D] -> broadcastable over x [B, *, D], in fp32 or float64 as x is computed."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return value.to(wide).reshape(value.shape[0], *[1] * (x.dim() - 2), value.shape[1])
+    return value.to(wide).reshape(value.shape[0], *[1] * (x.dim() - 2), value.shape[-1])
 
 
 def sum_rows(value: Tensor) -> Tensor:
@@ -85,13 +84,13 @@ def sum_rows(value: Tensor) -> Tensor:
 
 
 def normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(xhat [B, *, D], statistics [2, rows]) in fp32, or in float64 for float64."""
+    """(xhat [B, *, D], statistics [2 * rows]) in fp32, or in float64 for float64."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean = wide.mean(-1, keepdim=True)
     mean = mean + (wide - mean).mean(-1, keepdim=True)  # what rounding took is in the deviations: constants become 0
     centred = wide - mean
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return centred * rstd, torch.stack([mean.flatten(), rstd.flatten()])
+    return centred * rstd, torch.cat([mean.flatten(), rstd.flatten()])
 
 
 def gradients(x: Tensor, factor: Tensor, statistics: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:

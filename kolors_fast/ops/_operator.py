@@ -35,7 +35,8 @@ class Operator:
             device and dtype.
         columns: the launchers. `forward(call)` returns the outputs and then what the backward pass reads besides the
             call; an output that is not wanted is None. `backward(call, grads, saved, needs)` returns one gradient, or
-            None, per tensor of the call; a gradient that did not arrive is None in `grads`.
+            None, per tensor of the call, with its elements if not its shape; a gradient that did not arrive is None in
+            `grads`.
         dense: a call -> the same call on tensors as the kernels read them.
         fake: a call -> what `forward` returns, uninitialised.
         outputs: how many results of `forward` are the op's; `saved` more follow, for the backward pass.
@@ -137,7 +138,7 @@ class Operator:
         column = self.columns[_backends.choose(self.name, self.columns, call)]
         found = column.backward(call, grads, saved, needs)  # type: ignore[misc]  # every column has one
         return tuple(
-            call[0].new_empty(0) if grad is None or like is None or not need else grad.to(like.dtype)
+            call[0].new_empty(0) if grad is None or like is None or not need else _as(like, grad)
             for grad, like, need in zip(found, call, needs, strict=False)
         )
 
@@ -219,6 +220,11 @@ def backward_by_rerun(
 def _annotations(call: type[NamedTuple]) -> dict[str, str]:
     """Field -> its type as written; the modules of ops postpone the evaluation of annotations."""
     return {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in call.__annotations__.items()}
+
+
+def _as(like: Tensor, grad: Tensor) -> Tensor:
+    grad = grad.to(like.dtype)
+    return grad if grad.shape == like.shape else grad.reshape(like.shape)
 
 
 def _filled(results: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

@@ -26,8 +26,8 @@ class Call(NamedTuple):
     """A checked call: what the registered op takes, in its order, and what every launcher reads."""
 
     x: Tensor  # [B, *, D]
-    scale: Tensor  # [B, D]
-    shift: Tensor  # [B, D]
+    scale: Tensor  # [B, D] or [B, 1, D]
+    shift: Tensor  # [B, D] or [B, 1, D]
     eps: float
 
 
@@ -61,12 +61,8 @@ def _prepare(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Call
     op = "ada_layer_norm"
     _layer_norm.check_x(op, x)
     dtype = _layer_norm.parameter_dtype(scale, x)
-    return Call(
-        x,
-        _layer_norm.modulation(op, "scale", scale, x, dtype),
-        _layer_norm.modulation(op, "shift", shift, x, dtype),
-        _layer_norm.check_eps(op, eps),
-    )
+    _layer_norm.check_modulations(op, x, dtype, scale=scale, shift=shift)
+    return Call(x, scale, shift, _layer_norm.check_eps(op, eps))
 
 
 # ---- reference column

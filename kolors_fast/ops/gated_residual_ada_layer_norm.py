@@ -27,9 +27,9 @@ class Call(NamedTuple):
 
     x: Tensor  # [B, *, D]; for the backward pass r
     y: Tensor  # [B, *, D]
-    gate: Tensor | None  # [B, D]
-    scale: Tensor  # [B, D]
-    shift: Tensor  # [B, D]
+    gate: Tensor | None  # [B, D] or [B, 1, D]
+    scale: Tensor  # [B, D] or [B, 1, D]
+    shift: Tensor  # [B, D] or [B, 1, D]
     eps: float
 
 
@@ -68,14 +68,9 @@ def _prepare(x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Te
     _layer_norm.check_x(op, x)
     _layer_norm.check_residual(op, y, x)
     dtype = _layer_norm.parameter_dtype(scale, x)
-    return Call(
-        x,
-        y,
-        None if gate is None else _layer_norm.modulation(op, "gate", gate, x, dtype),
-        _layer_norm.modulation(op, "scale", scale, x, dtype),
-        _layer_norm.modulation(op, "shift", shift, x, dtype),
-        _layer_norm.check_eps(op, eps),
-    )
+    gates = {} if gate is None else {"gate": gate}
+    _layer_norm.check_modulations(op, x, dtype, **gates, scale=scale, shift=shift)
+    return Call(x, y, gate, scale, shift, _layer_norm.check_eps(op, eps))
 
 
 # ---- reference column

@@ -18,7 +18,7 @@ from ._operator import Operator
 from ._spec import Inputs, OpSpec
 
 Grads = tuple[Tensor]  # of y
-Saved = tuple[Tensor, Tensor]  # mean, rstd
+Saved = tuple[Tensor]  # statistics
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -146,22 +146,23 @@ def _per_channel(value: Tensor, h: Tensor) -> Tensor:
     return value.to(h.dtype).reshape(-1, h.shape[1], *[1] * (h.dim() - 2))
 
 
-def _reference_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _reference_forward(call: Call) -> tuple[Tensor, Tensor]:
     h = _joined(call)
     groups = _grouped(h, call.num_groups)
     mean = groups.mean(dim=2, keepdim=True)
     rstd = torch.rsqrt((groups - mean).square().mean(dim=2, keepdim=True) + call.eps)
     u = ((groups - mean) * rstd).reshape(h.shape) * _per_channel(call.weight, h) + _per_channel(call.bias, h)
     y = (F.silu(u) if call.silu else u).to(call.x.dtype)
-    return _layout.as_layout(y, _layout.is_channels_last(call.x)), mean.squeeze(2), rstd.squeeze(2)
+    return _layout.as_layout(y, _layout.is_channels_last(call.x)), torch.cat([mean.flatten(), rstd.flatten()])
 
 
 def _reference_backward(call: Call, grads: Grads, saved: Saved, needs: list[bool]) -> Gradients:
     """With u = x_hat*w + b and g = dL/du: dx = rstd * (g*w - mean(g*w) - x_hat * mean(g*w*x_hat))."""
-    (grad_y,), (mean, rstd) = grads, saved
+    (grad_y,), (statistics,) = grads, saved
     h = _joined(call)
     shape, groups = h.shape, _grouped(h, call.num_groups)
-    n_hat = (groups - mean[..., None]) * rstd[..., None]  # [N, G, C/G * HW]
+    mean, rstd = statistics.reshape(2, *groups.shape[:2], 1)
+    n_hat = (groups - mean) * rstd  # [N, G, C/G * HW]
     x_hat = n_hat.reshape(shape)
     w = _per_channel(call.weight, h)
     g = grad_y.to(h.dtype)
@@ -171,7 +172,7 @@ def _reference_backward(call: Call, grads: Grads, saved: Saved, needs: list[bool
         g = g * s * (1 + u * (1 - s))
     gw = (g * w).reshape(groups.shape)
     grad_h = gw - gw.mean(2, keepdim=True) - n_hat * (gw * n_hat).mean(2, keepdim=True)
-    grad_h = (grad_h * rstd[..., None]).reshape(shape)
+    grad_h = (grad_h * rstd).reshape(shape)
     spatial = list(range(2, h.dim()))
     last, channels = _layout.is_channels_last(call.x), call.x.shape[1]
     grad_x = _layout.as_layout(grad_h[:, :channels].to(call.x.dtype), last)
@@ -204,42 +205,40 @@ def _eager(
 # ---- extension columns (C++ and CUDA C++ export the same functions)
 
 
-def _extension_forward(name: str, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _extension_forward(name: str, call: Call) -> tuple[Tensor, Tensor]:
     module: Any = _backends.extension(name)
     x, skip, weight, bias, channel_add, num_groups, eps, silu = call
     last, n, c, c_skip, hw = _geometry(call)
-    y = _layout.empty((n, c + c_skip, *x.shape[2:]), last, x)
-    mean = x.new_empty((n, num_groups), dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    p = _library.pointer
+    outputs = y, statistics = _fake(call)
+    p, mean, rstd = _library.pointer, *_moments(statistics)
     with guard(x):
         size = module.group_norm_silu_workspace(n, c + c_skip, hw, num_groups, last, False)
         scratch = x.new_empty(size, dtype=torch.uint8) if size else None
         module.group_norm_silu_forward(
-            p(x), p(skip), p(weight), p(bias), p(channel_add), p(y), p(mean), p(rstd), p(scratch),
+            p(x), p(skip), p(weight), p(bias), p(channel_add), p(y), mean, rstd, p(scratch),
             n, c, c_skip, hw, num_groups, eps, silu, last,
             _library.DTYPE_CODE[x.dtype], _library.DTYPE_CODE[weight.dtype], _library.stream(x),
         )  # fmt: skip
-    return y, mean, rstd
+    return outputs
 
 
 def _extension_backward(name: str, call: Call, grads: Grads, saved: Saved, needs: list[bool]) -> Gradients:
     module: Any = _backends.extension(name)
-    mean, rstd = saved
+    (statistics,) = saved
     x, skip, weight, bias, channel_add, num_groups, _, silu = call
     last, n, c, c_skip, hw = _geometry(call)
     grad_y = _layout.as_layout(grads[0], last)
     grad_x = _layout.empty(x.shape, last, x) if needs[0] else None
     grad_skip = _layout.empty(skip.shape, last, x) if skip is not None and needs[1] else None
-    grad_weight = mean.new_empty(c + c_skip) if needs[2] else None
-    grad_bias = mean.new_empty(c + c_skip) if needs[3] else None
-    grad_add = mean.new_empty((n, c + c_skip)) if channel_add is not None and needs[4] else None
-    p = _library.pointer
+    grad_weight = statistics.new_empty(c + c_skip) if needs[2] else None
+    grad_bias = statistics.new_empty(c + c_skip) if needs[3] else None
+    grad_add = statistics.new_empty((n, c + c_skip)) if channel_add is not None and needs[4] else None
+    p, mean, rstd = _library.pointer, *_moments(statistics)
     with guard(x):
         size = module.group_norm_silu_workspace(n, c + c_skip, hw, num_groups, last, True)
         scratch = x.new_empty(size, dtype=torch.uint8) if size else None
         module.group_norm_silu_backward(
-            p(grad_y), p(x), p(skip), p(weight), p(bias), p(channel_add), p(mean), p(rstd),
+            p(grad_y), p(x), p(skip), p(weight), p(bias), p(channel_add), mean, rstd,
             p(grad_x), p(grad_skip), p(grad_weight), p(grad_bias), p(grad_add), p(scratch),
             n, c, c_skip, hw, num_groups, silu, last,
             _library.DTYPE_CODE[x.dtype], _library.DTYPE_CODE[weight.dtype], _library.stream(x),
@@ -250,17 +249,23 @@ def _extension_backward(name: str, call: Call, grads: Grads, saved: Saved, needs
 def _geometry(call: Call) -> tuple[bool, int, int, int, int]:
     """Whether channels are last, N, C, Cs and the product of the spatial sides."""
     x, skip = call.x, call.skip
-    c_skip = 0 if skip is None else skip.shape[1]
-    return _layout.is_channels_last(x), x.shape[0], x.shape[1], c_skip, math.prod(x.shape[2:])
+    n, c, *spatial = x.shape
+    return _layout.is_channels_last(x), n, c, 0 if skip is None else skip.shape[1], math.prod(spatial)
+
+
+def _moments(statistics: Tensor) -> tuple[int, int]:
+    """The addresses of the means and of the rstds."""
+    mean = statistics.data_ptr()
+    return mean, mean + statistics.nbytes // 2
 
 
 # ---- Triton column
 
 
-def _triton_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_forward(call: Call) -> tuple[Tensor, Tensor]:
     from kolors_fast.kernels import group_norm_silu as kernel  # triton is imported at first use
 
-    outputs: tuple[Tensor, Tensor, Tensor] = kernel.forward(*call, _layout.is_channels_last(call.x))
+    outputs: tuple[Tensor, Tensor] = kernel.forward(*call, _layout.is_channels_last(call.x))
     return outputs
 
 
@@ -286,26 +291,31 @@ COLUMNS = {
 
 def _dense(call: Call) -> Call:
     """The same call on dense tensors, skip in the layout of x: what the kernels read."""
-    last = _layout.is_channels_last(call.x)
+    x, skip, weight, bias, channel_add = call[:5]
+    last = _layout.is_channels_last(x)
     return Call(
-        _layout.as_layout(call.x, last),
-        None if call.skip is None else _layout.as_layout(call.skip, last),
-        call.weight.contiguous(),
-        call.bias.contiguous(),
-        None if call.channel_add is None else call.channel_add.contiguous(),
+        _layout.as_layout(x, last),
+        None if skip is None else _layout.as_layout(skip, last),
+        weight.contiguous(),
+        bias.contiguous(),
+        None if channel_add is None else channel_add.contiguous(),
         *call[5:],
     )
 
 
-def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the mean and rstd [N, G] of every group, which the backward pass reads."""
-    last, n, c, c_skip, _ = _geometry(call)
-    y = _layout.empty((n, c + c_skip, *call.x.shape[2:]), last, call.x)
-    mean = call.x.new_empty((n, call.num_groups), dtype=torch.promote_types(call.x.dtype, torch.float32))
-    return y, mean, torch.empty_like(mean)
+def _fake(call: Call) -> tuple[Tensor, Tensor]:
+    """y, and statistics [2 * N * G] for the backward pass: the mean, then the rstd of every group."""
+    x, skip = call.x, call.skip
+    if skip is None:
+        y = torch.empty_like(x)
+    else:
+        channels = x.shape[1] + skip.shape[1]
+        y = _layout.empty((x.shape[0], channels, *x.shape[2:]), _layout.is_channels_last(x), x)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return y, x.new_empty(2 * x.shape[0] * call.num_groups, dtype=wide)
 
 
-_operator = Operator("group_norm_silu", Call, COLUMNS, dense=_dense, fake=_fake, saved=2)
+_operator = Operator("group_norm_silu", Call, COLUMNS, dense=_dense, fake=_fake, saved=1)
 
 
 # ---- what tests, benchmarks and explain() are made from

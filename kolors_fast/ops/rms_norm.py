@@ -173,8 +173,10 @@ def _dense(call: Call) -> Call:
 
 def _fake(call: Call) -> tuple[Tensor, Tensor]:
     """y, and the rstd of every row, which the backward pass reads."""
-    rows, wide = math.prod(call.x.shape[:-1]), torch.promote_types(call.x.dtype, torch.float32)
-    return call.x.new_empty(call.x.shape), call.x.new_empty(rows, dtype=wide)
+    x = call.x
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(math.prod(x.shape[:-1]), dtype=wide)
 
 
 _operator = Operator("rms_norm", Call, COLUMNS, dense=_dense, fake=_fake, saved=1)
