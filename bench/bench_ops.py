@@ -10,6 +10,7 @@ nobody times a cache. `GB/s` counts each tensor once.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -184,8 +185,13 @@ def test_backward(race: Any, benchmark: Any, roof: Any, spec: OpSpec, case: Case
     [pytest.param(spec, False, id=name) for name, spec in SPECS.items()]
     + [pytest.param(spec, True, id=f"{name}-differentiated") for name, spec in SPECS.items() if spec.gradients],
 )
-def test_host_overhead(race: Any, spec: OpSpec, differentiated: bool, provider: str, device: str) -> None:
-    """The smallest call, alone and recorded for a backward pass: what is left is the host's time for an op."""
+def test_host_overhead(
+    race: Any, benchmark: Any, spec: OpSpec, differentiated: bool, provider: str, device: str
+) -> None:
+    """The smallest call, alone and recorded for a backward pass: what is left is the host's time for an op.
+
+    `us in kernel` is the part that the extension's own functions take: the rest is above the kernel.
+    """
     case = next(c for c in spec.cases if c.name == "plain")
     inputs = cast(case.make(torch.Generator().manual_seed(0)), torch.float32, device)
     for name in spec.gradients if differentiated else ():
@@ -199,6 +205,34 @@ def test_host_overhead(race: Any, spec: OpSpec, differentiated: bool, provider: 
     names = ("eager", "cpu", "cuda", "triton")
     group = f"{spec.name} host overhead" + (", differentiated" if differentiated else "")
     race(group, provider, lambda: {n: partial(enter, n) for n in names}, rounds=50, iterations=200, grad=differentiated)
+    if provider in ("cpu", "cuda"):
+        call, backend = enter(provider)
+        with torch.set_grad_enabled(differentiated), use_backend(backend):
+            benchmark.extra_info["us in kernel"] = round(1e6 * _seconds_in_extension(call, backend), 2)
+
+
+def _seconds_in_extension(call: Callable[[], Any], name: str, calls: int = 2000) -> float:
+    """Of one call, in the functions of kolors_fast._<name>."""
+    extension, seconds = _backends.extension, 0.0
+
+    class Watched:
+        def __getattr__(self, function: str) -> Callable[..., Any]:
+            run = getattr(extension(name), function)
+
+            def timed(*args: Any) -> Any:
+                nonlocal seconds
+                start = time.perf_counter()
+                result = run(*args)
+                seconds += time.perf_counter() - start
+                return result
+
+            return timed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_backends, "extension", lambda _: Watched())
+        for _ in range(calls):
+            call()
+    return seconds / calls
 
 
 def _report(benchmark: Any, roof: Any, moved: int, flops: int, dtype: torch.dtype) -> None:

@@ -65,7 +65,7 @@ def dense_rows(value: Tensor) -> Tensor:
 
 
 def empty_statistics(x: Tensor, rows: int) -> Tensor:
-    """[2 * rows]: mean, then rstd of every row, for the backward pass. To allocate one tensor of one axis costs least."""
+    """[2 * rows]: mean, then rstd of every row, for the backward pass. One tensor of one axis is allocated fastest."""
     return x.new_empty(2 * rows, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
