@@ -132,7 +132,7 @@ def _gate_backward_kernel(
 def forward(h: Tensor, row_stride: int, *, gelu: bool, gate_first: bool) -> Tensor:
     """y [..., F]"""
     features = h.shape[-1] // 2
-    y = h.new_empty((*h.shape[:-1], features))
+    y = h.new_empty(*h.shape[:-1], features)
     config = configure(features, row_stride, h.element_size(), h.data_ptr() % 16 == 0)
     with guard(h):
         _gate_forward_kernel[(config.programs(y.numel()),)](
@@ -145,7 +145,7 @@ def forward(h: Tensor, row_stride: int, *, gelu: bool, gate_first: bool) -> Tens
 def backward(grad_y: Tensor, h: Tensor, row_stride: int, *, gelu: bool, gate_first: bool) -> Tensor:
     """Gradient of h [..., 2F], dense"""
     features = h.shape[-1] // 2
-    grad_h = h.new_empty(h.shape)
+    grad_h = h.new_empty(*h.shape)
     aligned = h.data_ptr() % 16 == 0 and grad_y.data_ptr() % 16 == 0
     config = configure(features, row_stride, h.element_size(), aligned)
     with guard(h):

@@ -269,8 +269,8 @@ def backward(
     rows = all_rows // samples
     count = 2 if y is None else 3
     chunks, steps = split(samples, config.blocks(rows), config.num_warps, count, multiprocessors(r.device))
-    sums = r.new_empty((count, samples, chunks, d), dtype=torch.float32)
-    totals = r.new_empty((count, samples, d), dtype=torch.float32)
+    sums = r.new_empty(count, samples, chunks, d, dtype=torch.float32)
+    totals = r.new_empty(count, samples, d, dtype=torch.float32)
     with guard(r):
         _backward_kernel[(samples * chunks,)](
             grad_r, grad_out, r, y, gate, scale, statistics, grad_x, grad_y, sums,

@@ -95,7 +95,7 @@ def forward(
 ) -> Tensor:
     """[..., N]"""
     features, depth = weight.shape[0] // 2, weight.shape[1]
-    y = x.new_empty((*x.shape[:-1], features))
+    y = x.new_empty(*x.shape[:-1], features)
     if y.numel() == 0:
         return y
     rows = math.prod(x.shape[:-1])

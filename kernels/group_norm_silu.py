@@ -247,8 +247,8 @@ def empty(like: Tensor, channels: int, channels_last: bool) -> Tensor:
     """[N, channels, *spatial] in the layout, dtype and device of `like`."""
     samples, _, *spatial = like.shape
     if not channels_last:
-        return like.new_empty((samples, channels, *spatial))
-    return like.new_empty((samples, *spatial, channels)).movedim(-1, 1)
+        return like.new_empty(samples, channels, *spatial)
+    return like.new_empty(samples, *spatial, channels).movedim(-1, 1)
 
 
 def configured(
@@ -283,7 +283,7 @@ def forward(
     samples, channels = x.shape[0], x_channels + skip_channels
     y = empty(x, channels, channels_last)
     statistics = x.new_empty(2 * samples * num_groups, dtype=torch.float32)
-    part_mean, part_m2 = x.new_empty((2, samples * config.blocks * config.slots * config.chunks), dtype=torch.float32)
+    part_mean, part_m2 = x.new_empty(2, samples * config.blocks * config.slots * config.chunks, dtype=torch.float32)
     # without a skip no block lies in it, and its pointer is never followed
     sources = (x, x if skip is None else skip)
     add_stride = 0 if channel_add is None else channel_add.stride(0)

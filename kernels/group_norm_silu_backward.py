@@ -206,10 +206,10 @@ def backward(
     if not (need_x or need_skip or need_weight or need_bias or need_add):
         return None, None, None, None, None
 
-    sums = x.new_empty((3, samples, config.chunks, channels), dtype=torch.float32)
-    channel_sums = x.new_empty((2, samples, channels), dtype=torch.float32)
-    group_means = x.new_empty((2, samples, num_groups), dtype=torch.float32)
-    grad_add = x.new_empty((samples, channels), dtype=torch.float32) if need_add else None
+    sums = x.new_empty(3, samples, config.chunks, channels, dtype=torch.float32)
+    channel_sums = x.new_empty(2, samples, channels, dtype=torch.float32)
+    group_means = x.new_empty(2, samples, num_groups, dtype=torch.float32)
+    grad_add = x.new_empty(samples, channels, dtype=torch.float32) if need_add else None
     mean, rstd = statistics.chunk(2)
     inputs = (grad_y, x, x if skip is None else skip, weight, bias, channel_add, mean, rstd)
     add_stride = 0 if channel_add is None else channel_add.stride(0)

@@ -167,7 +167,7 @@ def backward(
     config = _configure(x, grad, grad_x)
     tiles = triton.cdiv(rows, config.block_r)
     count = programs(tiles, multiprocessors(x.device))
-    sums = x.new_empty((count, head_dim), dtype=torch.float32) if need_weight else None
+    sums = x.new_empty(count, head_dim, dtype=torch.float32) if need_weight else None
     target = x if grad_x is None else grad_x
     with guard(x):
         _backward_kernel[(count,)](

@@ -405,7 +405,7 @@ def normalise(x: Tensor, weight: Tensor | None, eps: float, config: Config) -> T
     """RMSNorm of [B, rows, H, D] over D, contiguous; x itself without a weight."""
     if weight is None:
         return x
-    y = x.new_empty(x.shape)
+    y = x.new_empty(*x.shape)
     samples, rows, heads, head_dim = x.shape
     if x.numel():
         _normalise_kernel[(triton.cdiv(samples * rows * heads, config.block_r),)](
@@ -436,9 +436,9 @@ def forward(
     keys, added_keys = k.shape[1], 0 if added_k is None else added_k.shape[1]
     added_queries = 0 if added_q is None else added_q.shape[1]
     config = configure(head_dim, q.element_size(), architecture(q.device))
-    out = q.new_empty(q.shape)
-    added_out = None if added_q is None else q.new_empty(added_q.shape)
-    lse = q.new_empty((samples, heads, queries + added_queries), dtype=torch.float32)
+    out = q.new_empty(*q.shape)
+    added_out = None if added_q is None else q.new_empty(*added_q.shape)
+    lse = q.new_empty(samples, heads, queries + added_queries, dtype=torch.float32)
     if lse.numel() == 0:
         return out, added_out, lse
 

@@ -445,10 +445,10 @@ def backward(
         if any(wanted[i] for i in (0, 3, 5, 8, 10)):  # key_bias takes its delta from here
             tile = config.grad_queries
             own, added = triton.cdiv(queries, tile.queries), triton.cdiv(added_queries, tile.queries)
-            grad_q = q.new_empty(q.shape)
-            grad_q2 = grad_q if added_q is None else q.new_empty(q2.shape)
+            grad_q = q.new_empty(*q.shape)
+            grad_q2 = grad_q if added_q is None else q.new_empty(*q2.shape)
             weighted = q_weight is not None or q2_weight is not None
-            weight_parts = lse.new_empty((samples * heads, own + added, head_dim)) if weighted else None
+            weight_parts = lse.new_empty(samples * heads, own + added, head_dim) if weighted else None
             _grad_queries_kernel[((own + added) * heads * samples,)](
                 *inputs, q, q2, q_weight, q2_weight, key_bias, grad_out, grad_out2, lse, delta,
                 grad_q, grad_q2, weight_parts,
@@ -463,11 +463,11 @@ def backward(
         if any(wanted[i] for i in (1, 2, 4, 6, 7, 9, 10)):
             tile = config.grad_keys
             own, added = triton.cdiv(keys, tile.keys), triton.cdiv(added_keys, tile.keys)
-            grad_k, grad_v = q.new_empty(k.shape), q.new_empty(v.shape)
-            grad_k2, grad_v2 = (grad_k, grad_v) if added_k is None else (q.new_empty(k2.shape), q.new_empty(k2.shape))
+            grad_k, grad_v = q.new_empty(*k.shape), q.new_empty(*v.shape)
+            grad_k2, grad_v2 = (grad_k, grad_v) if added_k is None else (q.new_empty(*k2.shape), q.new_empty(*k2.shape))
             weighted = k_weight is not None or k2_weight is not None
-            weight_parts = lse.new_empty((samples * heads, own + added, head_dim)) if weighted else None
-            bias_parts = lse.new_empty((samples, heads, keys + added_keys)) if wanted[10] else None
+            weight_parts = lse.new_empty(samples * heads, own + added, head_dim) if weighted else None
+            bias_parts = lse.new_empty(samples, heads, keys + added_keys) if wanted[10] else None
             _grad_keys_kernel[((own + added) * heads * samples,)](
                 *inputs, k, k2, k_weight, k2_weight, key_bias, grad_out, grad_out2, lse, delta,
                 grad_k, grad_v, grad_k2, grad_v2, weight_parts, bias_parts,

@@ -182,7 +182,7 @@ def forward(
     """(y like x, dense, rstd fp32 [rows])"""
     features = x.shape[-1]
     rows = x.numel() // features
-    y = x.new_empty(x.shape)
+    y = x.new_empty(*x.shape)
     rstd = x.new_empty(rows, dtype=torch.float32)
     aligned = _aligned(x, weight)
     config = configure(rows, features, row_stride, x.element_size(), aligned, FORWARD_TILE, None)
@@ -208,8 +208,8 @@ def backward(
     config = configure(
         rows, features, row_stride, x.element_size(), _aligned(x, weight, grad_y), BACKWARD_TILE, most
     )  # fmt: skip
-    grad_x = x.new_empty(x.shape) if needs[0] else None
-    sums = rstd.new_empty((config.programs, features)) if weight is not None and needs[1] else None
+    grad_x = x.new_empty(*x.shape) if needs[0] else None
+    sums = rstd.new_empty(config.programs, features) if weight is not None and needs[1] else None
     with guard(x):
         _rms_norm_backward_kernel[(config.programs,)](
             grad_y, x, weight, rstd, grad_x, sums, rows, features, row_stride, config.tiles, HEAD=config.head,

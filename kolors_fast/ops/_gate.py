@@ -82,7 +82,7 @@ class Gate:
 
     def _cpu_backward(self, call: Call, grads: Grads, saved: tuple[()], needs: list[bool]) -> tuple[Tensor]:
         h, grad_y = call.h, grads[0].contiguous()
-        grad_h = h.new_empty(h.shape)
+        grad_h = h.new_empty(*h.shape)
         run = getattr(_backends.extension("cpu"), f"{self.op}_backward")
         run(h.data_ptr(), grad_y.data_ptr(), grad_h.data_ptr(), *geometry(h), _library.DTYPE_CODE[h.dtype], 0)
         return (grad_h,)
@@ -116,7 +116,7 @@ def dense(call: Call) -> Call:
 
 
 def fake(call: Call) -> tuple[Tensor]:
-    return (call.h.new_empty((*call.h.shape[:-1], call.h.shape[-1] // 2)),)
+    return (call.h.new_empty(*call.h.shape[:-1], call.h.shape[-1] // 2),)
 
 
 def geometry(h: Tensor) -> tuple[int, int, int | None]:

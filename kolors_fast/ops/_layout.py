@@ -32,7 +32,7 @@ def as_layout(x: Tensor, channels_last: bool) -> Tensor:
 def empty(shape: Sequence[int], channels_last: bool, like: Tensor) -> Tensor:
     """Uninitialised [N, C, *spatial] in the asked layout, with the dtype and device of `like`."""
     if not channels_last or len(shape) < 3:
-        return like.new_empty(shape)
+        return like.new_empty(*shape)
     if len(shape) == 4:
         return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-    return like.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)
+    return like.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)

@@ -117,8 +117,8 @@ def _extension_backward(name: str, call: Call, grads: Grads, saved: Saved, needs
     sizes = batch, _, d = _layer_norm.geometry(x)
     grad_out = grads[0].contiguous()
     grad_x = torch.empty_like(x) if needs[0] else None
-    grad_scale = statistics.new_empty((batch, d)) if needs[1] else None
-    grad_shift = statistics.new_empty((batch, d)) if needs[2] else None
+    grad_scale = statistics.new_empty(batch, d) if needs[1] else None
+    grad_shift = statistics.new_empty(batch, d) if needs[2] else None
     p = _library.pointer
     with guard(x):
         size = module.ada_layer_norm_workspace(*sizes)

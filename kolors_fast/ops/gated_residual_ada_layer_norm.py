@@ -156,9 +156,9 @@ def _extension_backward(name: str, call: Call, grads: Grads, saved: Saved, needs
     shared = gate is None  # then x and y have one gradient
     grad_x = torch.empty_like(r) if needs[0] or (shared and needs[1]) else None
     grad_y = torch.empty_like(r) if needs[1] and not shared else None
-    grad_gate = statistics.new_empty((batch, d)) if needs[2] and not shared else None
-    grad_scale = statistics.new_empty((batch, d)) if needs[3] else None
-    grad_shift = statistics.new_empty((batch, d)) if needs[4] else None
+    grad_gate = statistics.new_empty(batch, d) if needs[2] and not shared else None
+    grad_scale = statistics.new_empty(batch, d) if needs[3] else None
+    grad_shift = statistics.new_empty(batch, d) if needs[4] else None
     p = _library.pointer
     with guard(r):
         size = module.gated_residual_ada_layer_norm_workspace(*sizes)

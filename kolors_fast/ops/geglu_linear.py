@@ -164,7 +164,7 @@ def _dense(call: Call) -> Call:
 
 
 def _fake(call: Call) -> tuple[Tensor]:
-    return (call.x.new_empty((*call.x.shape[:-1], call.weight.shape[0] // 2)),)
+    return (call.x.new_empty(*call.x.shape[:-1], call.weight.shape[0] // 2),)
 
 
 _operator = Operator("geglu_linear", Call, COLUMNS, dense=_dense, fake=_fake)

@@ -232,7 +232,7 @@ def _extension_backward(name: str, call: Call, grads: Grads, saved: Saved, needs
     grad_skip = _layout.empty(skip.shape, last, x) if skip is not None and needs[1] else None
     grad_weight = statistics.new_empty(c + c_skip) if needs[2] else None
     grad_bias = statistics.new_empty(c + c_skip) if needs[3] else None
-    grad_add = statistics.new_empty((n, c + c_skip)) if channel_add is not None and needs[4] else None
+    grad_add = statistics.new_empty(n, c + c_skip) if channel_add is not None and needs[4] else None
     p, mean, rstd = _library.pointer, *_moments(statistics)
     with guard(x):
         size = module.group_norm_silu_workspace(n, c + c_skip, hw, num_groups, last, True)

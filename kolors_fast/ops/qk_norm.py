@@ -355,7 +355,7 @@ def _outputs(call: Call, parts: list[Part]) -> Outputs:
     tokens: list[int | None] = [None, None, None]
     for part in parts:
         tokens[part.output] = part.start + part.x.shape[1]  # the last part of an output ends it
-    q, k, v = (None if n is None else call.q.new_empty((batch, n, heads, head_dim)) for n in tokens)
+    q, k, v = (None if n is None else call.q.new_empty(batch, n, heads, head_dim) for n in tokens)
     return q, k, v
 
 

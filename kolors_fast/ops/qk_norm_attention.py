@@ -239,8 +239,8 @@ def _lse_shape(call: Call) -> tuple[int, int, int]:
 
 def _fake(call: Call) -> Outputs:
     """out, added_out, and the logarithm of the softmax's denominator of every query."""
-    added_out = None if call.added_q is None else call.q.new_empty(call.added_q.shape)
-    return call.q.new_empty(call.q.shape), added_out, call.q.new_empty(_lse_shape(call), dtype=torch.float32)
+    added_out = None if call.added_q is None else call.q.new_empty(*call.added_q.shape)
+    return call.q.new_empty(*call.q.shape), added_out, call.q.new_empty(*_lse_shape(call), dtype=torch.float32)
 
 
 _operator = Operator(

@@ -116,7 +116,7 @@ def _cpu_backward(call: Call, grads: Grads, saved: Saved, needs: list[bool]) -> 
     module: Any = _backends.extension("cpu")
     x, weight, _ = call
     grad_y, (rstd,) = grads[0].contiguous(), saved
-    grad_x = x.new_empty(x.shape) if needs[0] else None
+    grad_x = x.new_empty(*x.shape) if needs[0] else None
     grad_weight = rstd.new_empty(x.shape[-1]) if weight is not None and needs[1] else None
     p = _library.pointer
     module.rms_norm_backward(
@@ -175,8 +175,7 @@ def _fake(call: Call) -> tuple[Tensor, Tensor]:
     """y, and the rstd of every row, which the backward pass reads."""
     x = call.x
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty(math.prod(x.shape[:-1]), dtype=wide)
+    return x.new_empty(*x.shape), x.new_empty(math.prod(x.shape[:-1]), dtype=wide)
 
 
 _operator = Operator("rms_norm", Call, COLUMNS, dense=_dense, fake=_fake, saved=1)
