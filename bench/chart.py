@@ -1,4 +1,4 @@
-"""A chart from the rows of a benchmark run: `python bench/chart.py bench/results/NAME.json > NAME.svg`.
+"""A chart from the rows of a benchmark's runs: `python bench/chart.py bench/results/NAME.json... > NAME.svg`.
 
 One bar per provider of a group: how many times as fast as the group's first provider.
 """
@@ -52,4 +52,5 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 if __name__ == "__main__":
-    print(chart(json.loads(Path(sys.argv[1]).read_text())))
+    reports = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
+    print(chart({**reports[0], "benchmarks": [row for report in reports for row in report["benchmarks"]]}))

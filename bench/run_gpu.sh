@@ -4,8 +4,10 @@
 #     bench/run_gpu.sh OUTDIR
 #
 # builds the CUDA extension for this GPU, runs the GPU tests and the sanitizers on the ops, times the ops, and leaves
-# in OUTDIR: a log of each part, ops.json, ops.md, ops.svg. Under nine minutes; a part that fails is reported and the
-# others still run. Needs torch with CUDA, triton, pytest, pytest-benchmark, setuptools, pybind11, ninja, nvcc.
+# in OUTDIR: a log of each part, rows of each benchmark as JSON, ops.md, ops.svg. Under nine minutes on 16 cores; a part
+# that fails or takes too long is reported and the others still run. Needs torch with CUDA, triton, pytest, pytest-xdist
+# (compiling thousands of small Triton kernels one after the other takes longer), pytest-benchmark, setuptools,
+# pybind11, ninja, nvcc.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/run_gpu.sh OUTDIR}
@@ -18,18 +20,31 @@ part() { # name, seconds that it may take, command...
     shift 2
     echo "== $name"
     local start=$SECONDS
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || failed+=("$name (exit $?)")
+    timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1 || failed+=("$name (exit $?)")
     tail -n 3 "$out/$name.log"
     echo "-- $name took $((SECONDS - start)) s"
 }
 
 nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm --format=csv | tee "$out/gpu.csv"
-part build 150 python -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
-part tests 150 python -m pytest tests/ops/test_ops.py -q -p no:cacheprovider -k "cuda or triton" --maxfail=20
-part sanitizer 90 tests/compute_sanitizer.sh
-part bench 140 python -m pytest bench/bench_ops.py -q -p no:cacheprovider --benchmark-only --benchmark-json="$out/ops.json"
-if [ -s "$out/ops.json" ]; then
-    python bench/table.py "$out/ops.json" | tee "$out/ops.md"
-    python bench/chart.py "$out/ops.json" >"$out/ops.svg"
+bench() { # name, seconds that it may take, pytest's -k
+    part "$1" "$2" python -m pytest bench/bench_ops.py -q -p no:cacheprovider --benchmark-only -k "$3" \
+        --benchmark-json="$out/$1.json"
+}
+
+part build 90 python -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
+part tests 110 python -m pytest tests/ops/test_ops.py -q -p no:cacheprovider -n auto -k "cuda or triton" --maxfail=50
+part sanitizer 80 tests/compute_sanitizer.sh
+# first what decides; torch.compile takes its time to compile, so on few shapes
+bench forward 90 "test_forward and not compile"
+bench backward 80 "test_backward and not compile"
+bench host 20 "host_overhead"
+bench compiled 50 "test_forward and (sd3_2x4096x1536 or kolors_2x640x64x64 or kolors_2x1024x10240)"
+rows=()
+for name in forward backward host compiled; do
+    [ -s "$out/$name.json" ] && rows+=("$out/$name.json")
+done
+if [ ${#rows[@]} -gt 0 ]; then
+    python bench/table.py "${rows[@]}" | tee "$out/ops.md"
+    python bench/chart.py "${rows[@]}" >"$out/ops.svg"
 fi
 [ ${#failed[@]} -eq 0 ] || { printf 'failed: %s\n' "${failed[@]}"; exit 1; }

@@ -146,5 +146,8 @@ ATTENTION_CASES = (
     _attention_case("kolors_cross_2x4096x10x64", 2, 4096, 10, 64, keys=77, weights="none", model=True),
     _attention_case("sd35_2x4096+333x24x64", 2, 4096, 24, 64, added=(333, 333), model=True),
     _attention_case("sd35_2x1024+333x24x64", 2, 1024, 24, 64, added=(333, 333), model=True),
+    # the attention of the two before alone: what norm and packing add is the difference
+    _attention_case("sd35_attention_alone_2x4429x24x64", 2, 4429, 24, 64, weights="none", model=True),
+    _attention_case("sd35_attention_alone_2x1357x24x64", 2, 1357, 24, 64, weights="none", model=True),
     _attention_case("pixart_self_2x4096x16x72", 2, 4096, 16, 72, weights="none", model=True),
 )
