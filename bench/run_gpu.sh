@@ -25,12 +25,12 @@ part() { # name, seconds that it may take, command...
     echo "-- $name took $((SECONDS - start)) s"
 }
 
-nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm --format=csv | tee "$out/gpu.csv"
 bench() { # name, seconds that it may take, pytest's -k
     part "$1" "$2" python -m pytest bench/bench_ops.py -q -p no:cacheprovider --benchmark-only -k "$3" \
         --benchmark-json="$out/$1.json"
 }
 
+nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm --format=csv | tee "$out/gpu.csv"
 part build 90 python -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
 part tests 110 python -m pytest tests/ops/test_ops.py -q -p no:cacheprovider -n auto -k "cuda or triton" --maxfail=50
 part sanitizer 80 tests/compute_sanitizer.sh
