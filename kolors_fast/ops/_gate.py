@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _backends, _library, _rows
+from ._arguments import refused_by_kind
 from ._operator import Operator
 from ._spec import Case, Inputs, OpSpec
 
@@ -26,8 +28,8 @@ class Call(NamedTuple):
 
 def prepare(op: str, h: Tensor) -> Call:
     """Check the public argument."""
-    if not h.dtype.is_floating_point:
-        raise TypeError(f"{op}: h: expected a floating dtype, got {h.dtype}")
+    if h.dtype not in _library.FLOATING:
+        raise TypeError(f"{op}: h: expected a floating dtype of 16 to 64 bits, got {h.dtype}")
     if h.dim() < 1 or h.shape[-1] % 2:
         raise ValueError(f"{op}: h: expected [..., 2F], got {list(h.shape)}")
     return Call(h)
@@ -44,15 +46,13 @@ class Gate:
 
     def __init__(self, op: str, activation: Activation, *, gate_first: bool) -> None:
         self.op, self.activation, self.gate_first = op, activation, gate_first
+        self.prepare = refused_by_kind(op)(partial(prepare, op))
         self.columns = {
             "reference": _backends.Column(self._reference_forward, self._reference_backward),
             "cpu": _backends.Column(self._cpu_forward, self._cpu_backward),
             "triton": _backends.Column(self._triton_forward, self._triton_backward),
         }
         self.operator = Operator(op, Call, self.columns, dense=dense, fake=fake)
-
-    def prepare(self, h: Tensor) -> Call:
-        return prepare(self.op, h)
 
     def reference(self, h: Tensor) -> Tensor:
         """The definition, in plain PyTorch: fp32 inside, float64 for float64."""

@@ -14,8 +14,8 @@ from . import _layout, _library
 
 def check(op: str, x: Tensor, scale: Tensor, dtype: torch.dtype | None) -> None:
     """The arguments that scaling and unscaling have in common."""
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x: expected a floating tensor, got {x.dtype}")
+    if x.dtype not in _library.FLOATING:
+        raise TypeError(f"{op}: x: expected a floating dtype of 16 to 64 bits, got {x.dtype}")
     if scale.dtype != torch.float32 and not (scale.dtype == x.dtype == torch.float64):
         raise TypeError(f"{op}: scale: expected torch.float32, got {scale.dtype}")
     if scale.numel() != 1:
@@ -24,11 +24,6 @@ def check(op: str, x: Tensor, scale: Tensor, dtype: torch.dtype | None) -> None:
         raise ValueError(f"{op}: scale: expected a tensor on {x.device}, got {scale.device}")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"{op}: dtype: expected a floating dtype, got {dtype}")
-
-
-def refuse_grad(op: str, *tensors: Tensor | None) -> None:
-    if _library.wants_grad(tensors):
-        raise ValueError(f"{op}: expected inputs without gradient, got requires_grad=True (no backward)")
 
 
 def writes(dtype: torch.dtype) -> str | None:

@@ -7,12 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from . import _library
+
 
 def check_x(op: str, x: Tensor) -> None:
     if x.dim() < 2:
         raise ValueError(f"{op}: x: expected [B, *, D], got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x: expected a floating dtype, got {x.dtype}")
+    if x.dtype not in _library.FLOATING:
+        raise TypeError(f"{op}: x: expected a floating dtype of 16 to 64 bits, got {x.dtype}")
 
 
 def check_residual(op: str, y: Tensor, x: Tensor) -> None:

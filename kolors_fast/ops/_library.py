@@ -7,7 +7,7 @@ eager calls go to the launcher directly. A generated test holds that both routes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -43,12 +43,19 @@ def tracing(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0
 
 
-def wants_grad(tensors: Sequence[Tensor | None]) -> bool:
+def wants_grad(tensors: Iterable[Tensor | None]) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:  # any() of a generator takes twice as long
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def refuse_grad(op: str, **named: Tensor | None) -> None:
+    """For an op without a backward pass."""
+    if wants_grad(named.values()):
+        name = next(name for name, tensor in named.items() if tensor is not None and tensor.requires_grad)
+        raise ValueError(f"{op}: {name}: expected a tensor without gradient, got requires_grad=True (no backward)")
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -59,6 +66,8 @@ def pointer(tensor: Tensor | None) -> int:
 def stream(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # that ops compute; float8 is storage
 
 # dtype codes of csrc/
 DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

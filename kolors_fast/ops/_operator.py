@@ -7,13 +7,14 @@ op. Both end in the same methods of `Operator`, and a generated test holds that 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _backends, _library
+from ._arguments import kinds_of, misfit
 
 _SCHEMA_TYPES = {
     "Tensor": "Tensor",
@@ -64,7 +65,8 @@ class Operator:
         self.outputs, self.saved, self.mutated = outputs, saved, mutated
         self.first_kept = 0 if reads_outputs else outputs
         self.kept = {call._fields.index(field): output for field, output in (kept or {}).items()}
-        types = {field: _SCHEMA_TYPES[kind] for field, kind in _annotations(call).items()}
+        self.kinds = kinds_of(call)
+        types = {field: _SCHEMA_TYPES[kind] for field, kind in self.kinds.items()}
         if mutated is not None:
             types[mutated] = types[mutated].replace("Tensor", "Tensor(a!)")
         fields = [f"{kind} {field}" for field, kind in types.items()]
@@ -110,16 +112,25 @@ class Operator:
     # ---- forward
 
     def _run(self, call: Any) -> tuple[Any, ...]:
-        call = self.dense(call)
-        column = self.columns[_backends.choose(self.name, self.columns, call)]
-        if call[0].numel() == 0:
-            results = self.fake(call)
-            if results[0] is not None and results[0].numel() == 0:
-                return results  # empty: shapes are all there is
-        results = tuple(column.forward(call))
+        try:
+            dense = self.dense(call)
+            column = self.columns[_backends.choose(self.name, self.columns, dense)]
+            if call[0].numel() == 0:
+                results = self.fake(dense)
+                if results[0] is not None and results[0].numel() == 0:
+                    return results  # empty: shapes are all there is
+            results = tuple(column.forward(dense))
+        except (RuntimeError, TypeError):
+            self.refuse_by_kind(call)
+            raise
         if self.mutated is not None:
             torch.autograd.graph.increment_version(getattr(call, self.mutated))  # kernels write past autograd
         return results
+
+    def refuse_by_kind(self, call: Any) -> None:
+        """Raise a TypeError if a tensor is sparse, nested or of torch.func: what a launcher stumbles over."""
+        if reason := misfit(self.kinds, call._asdict()):
+            raise TypeError(f"{self.name}: {reason}") from None
 
     def _forward(self, *args: Any) -> tuple[Tensor, ...]:
         """A schema has no optional results: what is not wanted is empty."""
@@ -215,11 +226,6 @@ def backward_by_rerun(
         return tuple(found)
 
     return backward
-
-
-def _annotations(call: type[NamedTuple]) -> dict[str, str]:
-    """Field -> its type as written; the modules of ops postpone the evaluation of annotations."""
-    return {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in call.__annotations__.items()}
 
 
 def _as(like: Tensor, grad: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _library
+
 AddedFields = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -39,26 +41,27 @@ def check(
     """Raise a ValueError or TypeError in one sentence: argument, expected, got."""
     if q.dim() != 4 or q.shape[3] == 0:
         raise ValueError(f"{op}: q: expected [B, L, H, D], got {list(q.shape)}")
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"{op}: q: expected a floating dtype, got {q.dtype}")
+    if q.dtype not in _library.FLOATING:
+        raise TypeError(f"{op}: q: expected a floating dtype of 16 to 64 bits, got {q.dtype}")
     batch, _, heads, head_dim = q.shape
-    rows = {"k": k} if added is None else {"k": k, "added.q": added.q, "added.k": added.k}
+    rows: dict[str, Tensor] = {"k": k} if added is None else {"k": k, "added.k": added.k}
+    if added is not None and added.q is not None:
+        rows["added.q"] = added.q
     for name, x in rows.items():
-        if x is None:
-            continue
         if x.dim() != 4 or x.shape[0] != batch or x.shape[2:] != q.shape[2:]:
             length = {"k": "S", "added.q": "L2", "added.k": "S2"}[name]
             expected = f"[{batch}, {length}, {heads}, {head_dim}]"
             raise ValueError(f"{op}: {name}: expected {expected}, got {list(x.shape)}")
         check_like(op, name, x, q, q.dtype)
     if added is not None and (added.v is None) != (v is None):
-        raise ValueError(f"{op}: added.v: expected a tensor if, and only if, v is one, got {added.v} beside {v}")
+        got = "None" if added.v is None else "a tensor"
+        raise ValueError(f"{op}: added.v: expected a tensor if, and only if, v is one, got {got}")
     values = [("v", v, k)] if added is None else [("v", v, k), ("added.v", added.v, added.k)]
-    for name, x, like in values:
-        if x is not None:
-            if x.shape != like.shape:
-                raise ValueError(f"{op}: {name}: expected {list(like.shape)}, got {list(x.shape)}")
-            check_like(op, name, x, q, q.dtype)
+    for name, value, like in values:
+        if value is not None:
+            if value.shape != like.shape:
+                raise ValueError(f"{op}: {name}: expected {list(like.shape)}, got {list(value.shape)}")
+            check_like(op, name, value, q, q.dtype)
     weights = {"q_weight": q_weight, "k_weight": k_weight}
     if added is not None:
         weights |= {"added.q_weight": added.q_weight, "added.k_weight": added.k_weight}

@@ -13,6 +13,7 @@ from torch import Tensor
 from kolors_fast.kernels.device import guard
 
 from . import _backends, _layer_norm, _library
+from ._arguments import refused_by_kind
 from ._layer_norm_cases import MMDIT_SHAPES, cases, chunk, normal
 from ._operator import Operator
 from ._spec import Inputs, OpSpec
@@ -56,6 +57,7 @@ def ada_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -
     return out
 
 
+@refused_by_kind("ada_layer_norm")
 def _prepare(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Call:
     """Check the public arguments."""
     op = "ada_layer_norm"

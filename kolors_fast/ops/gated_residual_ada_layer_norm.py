@@ -13,6 +13,7 @@ from torch import Tensor
 from kolors_fast.kernels.device import guard
 
 from . import _backends, _layer_norm, _library
+from ._arguments import refused_by_kind
 from ._layer_norm_cases import MMDIT_SHAPES, cases, chunk, normal
 from ._operator import Operator
 from ._spec import Case, Inputs, OpSpec
@@ -62,6 +63,7 @@ def gated_residual_ada_layer_norm(
     return outputs
 
 
+@refused_by_kind("gated_residual_ada_layer_norm")
 def _prepare(x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Call:
     """Check the public arguments."""
     op = "gated_residual_ada_layer_norm"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _backends, _library, _rows
+from ._arguments import refused_by_kind
 from ._operator import Operator, backward_by_rerun
 from ._spec import Case, Inputs, OpSpec
 from .geglu import SPEC as GEGLU
@@ -64,10 +65,11 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return y
 
 
+@refused_by_kind("geglu_linear")
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
     """Check the public arguments."""
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"geglu_linear: x: expected a floating dtype, got {x.dtype}")
+    if x.dtype not in _library.FLOATING:
+        raise TypeError(f"geglu_linear: x: expected a floating dtype of 16 to 64 bits, got {x.dtype}")
     if x.dim() < 1:
         raise ValueError(f"geglu_linear: x: expected [..., K], got {list(x.shape)}")
     depth = x.shape[-1]
@@ -107,7 +109,11 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _composed(call: Call) -> tuple[Tensor]:
-    return (geglu(F.linear(*call)),)
+    try:
+        return (geglu(F.linear(*call)),)
+    except (RuntimeError, TypeError):
+        _operator.refuse_by_kind(call)
+        raise
 
 
 # ---- Triton column

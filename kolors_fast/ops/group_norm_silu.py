@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from kolors_fast.kernels.device import guard
 
 from . import _backends, _layout, _library
+from ._arguments import refused_by_kind
 from ._group_norm_silu_cases import CASES
 from ._operator import Operator
 from ._spec import Inputs, OpSpec
@@ -75,6 +77,7 @@ def group_norm_silu(
     return y
 
 
+@refused_by_kind("group_norm_silu")
 def _prepare(
     x: Tensor,
     num_groups: int,
@@ -89,8 +92,8 @@ def _prepare(
     """Check the public arguments."""
     if x.dim() < 2:
         raise ValueError(f"group_norm_silu: x: expected [N, C, *spatial], got {list(x.shape)}")
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"group_norm_silu: x: expected a floating dtype, got {x.dtype}")
+    if x.dtype not in _library.FLOATING:
+        raise TypeError(f"group_norm_silu: x: expected a floating dtype of 16 to 64 bits, got {x.dtype}")
     channels = x.shape[1]
     if skip is not None:
         if skip.dim() != x.dim() or skip.shape[0] != x.shape[0] or skip.shape[2:] != x.shape[2:]:
@@ -116,7 +119,7 @@ def _prepare(
         raise ValueError(f"group_norm_silu: activation: expected 'silu' or None, got {activation!r}")
     if not eps >= 0:
         raise ValueError(f"group_norm_silu: eps: expected a number >= 0, got {eps}")
-    return Call(x, skip, weight, bias, channel_add, num_groups, float(eps), activation == "silu")
+    return Call(x, skip, weight, bias, channel_add, index(num_groups), float(eps), activation == "silu")
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor, dtype: torch.dtype) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kolors_fast.kernels.device import guard
 
 from . import _backends, _layout, _library
+from ._arguments import refused_by_kind
 from ._operator import Operator
 from ._spec import Case, Inputs, OpSpec
 
@@ -102,6 +103,7 @@ def guided_step(
     return after if denoised is None or not return_denoised else (after, denoised)
 
 
+@refused_by_kind("guided_step")
 def _prepare(
     sample: Tensor,
     predictions: Tensor,
@@ -114,9 +116,10 @@ def _prepare(
     return_denoised: bool = False,
 ) -> Call:
     """Check the public arguments."""
-    if sample.dim() < 1 or not sample.dtype.is_floating_point:
-        got = f"{sample.dtype} {list(sample.shape)}"
-        raise TypeError(f"guided_step: sample: expected a floating tensor [B, ...], got {got}")
+    if sample.dim() < 1:
+        raise ValueError(f"guided_step: sample: expected [B, ...], got {list(sample.shape)}")
+    if sample.dtype not in _library.FLOATING:
+        raise TypeError(f"guided_step: sample: expected a floating dtype of 16 to 64 bits, got {sample.dtype}")
     if weights.dim() != 1 or not 1 <= weights.shape[0] <= 3:
         raise ValueError(f"guided_step: weights: expected [P] with P from 1 to 3, got {list(weights.shape)}")
     stacked = (weights.shape[0] * sample.shape[0], *sample.shape[1:])
@@ -143,8 +146,10 @@ def _prepare(
             raise TypeError(f"guided_step: {name}: expected {dtype}, got {tensor.dtype}")
         if tensor.device != sample.device:
             raise ValueError(f"guided_step: {name}: expected a tensor on {sample.device}, got {tensor.device}")
-    if _library.wants_grad((sample, predictions, previous, noise)):
-        raise ValueError("guided_step: expected inputs without gradient, got requires_grad=True (no backward)")
+    _library.refuse_grad(
+        "guided_step", sample=sample, predictions=predictions, weights=weights, coefficients=coefficients,
+        previous=previous, noise=noise,
+    )  # fmt: skip
     return Call(sample, predictions, weights, coefficients, row, previous, noise, return_denoised)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from kolors_fast.kernels.device import guard
 
 from . import _backends, _library, _streams
+from ._arguments import refused_by_kind
 from ._operator import Operator
 from ._qk_norm_cases import CASES
 from ._spec import Inputs, OpSpec
@@ -89,9 +90,7 @@ def qk_norm(
     Source: Zhang & Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467; normalised queries and keys:
     Henry et al., arXiv 2010.04245; two streams of one attention: Esser et al., arXiv 2403.03206.
     """
-    second = None if added is None else AddedStream(*added)
-    _streams.check("qk_norm", q, k, v, q_weight, k_weight, second, eps)
-    return pack(q, k, v, q_weight, k_weight, *_streams.fields(second), eps)
+    return pack(*_checked(q, k, v, q_weight=q_weight, k_weight=k_weight, added=added, eps=eps))
 
 
 def pack(
@@ -124,7 +123,8 @@ def _call(
     )  # fmt: skip
 
 
-def _prepare(
+@refused_by_kind("qk_norm")
+def _checked(
     q: Tensor,
     k: Tensor,
     v: Tensor | None = None,
@@ -133,11 +133,15 @@ def _prepare(
     k_weight: Tensor | None = None,
     added: AddedStream | tuple[Any, ...] | None = None,
     eps: float = 1e-6,
-) -> Call:
-    """Check the public arguments."""
+) -> tuple[Any, ...]:
+    """Check the public arguments: what `pack` and `_call` take."""
     second = None if added is None else AddedStream(*added)
     _streams.check("qk_norm", q, k, v, q_weight, k_weight, second, eps)
-    return _call(q, k, v, q_weight, k_weight, *_streams.fields(second), eps)
+    return q, k, v, q_weight, k_weight, *_streams.fields(second), eps
+
+
+def _prepare(*args: Any, **options: Any) -> Call:
+    return _call(*_checked(*args, **options))
 
 
 _ROLES = ((0, 3, 5, 8), (1, 4, 6, 9), (2, -1, 7, -1))  # of q, k, v: fields of x, its weight, the added x, its weight

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _attention, _backends, _streams
+from ._arguments import refused_by_kind
 from ._operator import Operator, backward_by_rerun
 from ._qk_norm_cases import ATTENTION_CASES
 from ._spec import Inputs, OpSpec, Tolerance
@@ -97,6 +98,7 @@ def qk_norm_attention(
     return out if added is None else (out, None if call.added_q is None else added_out)
 
 
+@refused_by_kind("qk_norm_attention")
 def _prepare(
     q: Tensor,
     k: Tensor,
@@ -112,6 +114,8 @@ def _prepare(
     """Check the public arguments."""
     second = None if added is None else AddedStream(*added)
     _streams.check("qk_norm_attention", q, k, v, q_weight, k_weight, second, eps)
+    if v is None:
+        raise TypeError("qk_norm_attention: v: expected a tensor, got None")
     keys = k.shape[1] + (0 if second is None else second.k.shape[1])
     if keys == 0:
         raise ValueError("qk_norm_attention: k: expected at least one key, got none")
@@ -186,9 +190,13 @@ def _eager(
 
 def _composed(call: Call) -> tuple[Tensor, Tensor | None]:
     """Packing, then the best attention at hand."""
-    q, k, v = pack(*call[:10], call.eps)
-    assert v is not None
-    return _split(call, _attention.attend(q, k, v, call.key_bias, call.scale))
+    try:
+        q, k, v = pack(*call[:10], call.eps)
+        assert v is not None
+        return _split(call, _attention.attend(q, k, v, call.key_bias, call.scale))
+    except (RuntimeError, TypeError):
+        _operator.refuse_by_kind(call)
+        raise
 
 
 def _forward_of(function: Callable[[Call], tuple[Tensor, Tensor | None]]) -> Callable[[Call], Outputs]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _backends, _layer_norm, _library
+from ._arguments import refused_by_kind
 from ._layer_norm_cases import UNET_SHAPES, cases, normal
 from ._operator import Operator
 from ._spec import Inputs, OpSpec
@@ -54,6 +55,7 @@ def residual_layer_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps:
     return outputs
 
 
+@refused_by_kind("residual_layer_norm")
 def _prepare(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Call:
     """Check the public arguments."""
     op = "residual_layer_norm"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _backends, _library, _rows
+from ._arguments import refused_by_kind
 from ._operator import Operator
 from ._spec import Case, Inputs, OpSpec
 
@@ -50,10 +51,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-5) -> Tensor:
     return y
 
 
+@refused_by_kind("rms_norm")
 def _prepare(x: Tensor, weight: Tensor | None, eps: float = 1e-5) -> Call:
     """Check the public arguments."""
-    if not x.dtype.is_floating_point:
-        raise TypeError(f"rms_norm: x: expected a floating dtype, got {x.dtype}")
+    if x.dtype not in _library.FLOATING:
+        raise TypeError(f"rms_norm: x: expected a floating dtype of 16 to 64 bits, got {x.dtype}")
     if x.dim() < 1:
         raise ValueError(f"rms_norm: x: expected [..., D], got {list(x.shape)}")
     if weight is not None:

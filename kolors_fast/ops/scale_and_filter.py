@@ -12,6 +12,7 @@ from kolors_fast.kernels.device import guard
 
 from . import _backends, _layout, _library
 from . import _gradient_scaling as scaling
+from ._arguments import refused_by_kind
 from ._operator import Operator
 from ._spec import Case, Inputs, OpSpec
 
@@ -48,10 +49,11 @@ def scale_and_filter(x: Tensor, scale: Tensor, *, dtype: torch.dtype | None = No
     return y
 
 
+@refused_by_kind("scale_and_filter")
 def _prepare(x: Tensor, scale: Tensor, *, dtype: torch.dtype | None = None) -> Call:
     """Check the public arguments."""
     scaling.check("scale_and_filter", x, scale, dtype)
-    scaling.refuse_grad("scale_and_filter", x, scale)
+    _library.refuse_grad("scale_and_filter", x=x, scale=scale)
     return Call(x, scale, x.dtype if dtype is None else dtype)
 
 

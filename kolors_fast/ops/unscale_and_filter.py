@@ -12,6 +12,7 @@ from kolors_fast.kernels.device import guard
 
 from . import _backends, _layout, _library
 from . import _gradient_scaling as scaling
+from ._arguments import refused_by_kind
 from ._operator import Operator
 from ._spec import Case, Inputs, OpSpec
 
@@ -51,6 +52,7 @@ def unscale_and_filter(
     return z
 
 
+@refused_by_kind("unscale_and_filter")
 def _prepare(x: Tensor, scale: Tensor, *, add: Tensor | None = None, dtype: torch.dtype | None = None) -> Call:
     """Check the public arguments."""
     scaling.check("unscale_and_filter", x, scale, dtype)
@@ -61,7 +63,7 @@ def _prepare(x: Tensor, scale: Tensor, *, add: Tensor | None = None, dtype: torc
             raise TypeError(f"unscale_and_filter: add: expected torch.float32 or {x.dtype}, got {add.dtype}")
         if add.device != x.device:
             raise ValueError(f"unscale_and_filter: add: expected a tensor on {x.device}, got {add.device}")
-    scaling.refuse_grad("unscale_and_filter", x, scale, add)
+    _library.refuse_grad("unscale_and_filter", x=x, scale=scale, add=add)
     return Call(x, scale, add, dtype or (x if add is None else add).dtype)
 
 

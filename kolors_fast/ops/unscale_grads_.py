@@ -14,6 +14,7 @@ from kolors_fast.kernels.device import guard
 
 from . import _backends, _library
 from . import _gradient_scaling as scaling
+from ._arguments import refused_by_kind
 from ._operator import Operator
 from ._spec import Case, Inputs, OpSpec
 
@@ -58,6 +59,7 @@ def unscale_grads_(grads: Sequence[Tensor], scales: Tensor) -> tuple[Tensor, Ten
     return norm, nonfinite
 
 
+@refused_by_kind(NAME)
 def _prepare(grads: Sequence[Tensor], scales: Tensor) -> Call:
     """Check the public arguments."""
     if scales.dtype != torch.float32 and scales.dtype != torch.float64:
@@ -78,7 +80,7 @@ def _prepare(grads: Sequence[Tensor], scales: Tensor) -> Call:
         if plain and _library.tracing(grad):
             raise TypeError(f"{NAME}: grads[{i}]: expected a plain tensor, got {type(grad).__name__}")
     if _library.wants_grad((scales, *grads)):
-        raise ValueError(f"{NAME}: expected gradients without gradient, got requires_grad=True (no backward)")
+        _library.refuse_grad(NAME, scales=scales, **{f"grads[{i}]": grad for i, grad in enumerate(grads)})
     return Call(scales, grads)
 
 

@@ -255,14 +255,18 @@ def test_gates_refuse_in_one_sentence(op: str) -> None:
         GATES[op](normal(2, 5))
     with pytest.raises(ValueError, match=rf"^{op}: h: expected \[\.\.\., 2F\], got \[\]$"):
         GATES[op](torch.tensor(1.0))
-    with pytest.raises(TypeError, match=rf"^{op}: h: expected a floating dtype, got torch.int64$"):
+    with pytest.raises(TypeError, match=rf"^{op}: h: expected a floating dtype of 16 to 64 bits, got torch.int64$"):
         GATES[op](torch.ones(2, 4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ((torch.ones(3, 4, dtype=torch.int32), None), TypeError, "x: expected a floating dtype, got torch.int32"),
+        (
+            (torch.ones(3, 4, dtype=torch.int32), None),
+            TypeError,
+            "x: expected a floating dtype of 16 to 64 bits, got torch.int32",
+        ),
         ((torch.tensor(1.0), None), ValueError, r"x: expected \[\.\.\., D\], got \[\]"),
         ((torch.ones(3, 4), torch.ones(3)), ValueError, r"weight: expected \[4\], got \[3\]"),
         ((torch.ones(3, 4), torch.ones(1, 4)), ValueError, r"weight: expected \[4\], got \[1, 4\]"),

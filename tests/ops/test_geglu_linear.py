@@ -149,7 +149,11 @@ def test_compiled_inference_meets_one_op_and_training_two() -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"x": torch.ones(3, 8, dtype=torch.int64)}, TypeError, "x: expected a floating dtype, got torch.int64"),
+        (
+            {"x": torch.ones(3, 8, dtype=torch.int64)},
+            TypeError,
+            "x: expected a floating dtype of 16 to 64 bits, got torch.int64",
+        ),
         ({"x": torch.ones(())}, ValueError, r"x: expected \[\.\.\., K\], got \[\]"),
         ({"weight": torch.ones(6, 7)}, ValueError, r"weight: expected \[2N, 8\], got \[6, 7\]"),
         ({"weight": torch.ones(5, 8)}, ValueError, r"weight: expected \[2N, 8\], got \[5, 8\]"),

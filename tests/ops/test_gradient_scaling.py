@@ -256,12 +256,12 @@ WANTS.requires_grad_()
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
-        ({"x": WHOLE}, TypeError, "x: expected a floating tensor, got torch.int64"),
+        ({"x": WHOLE}, TypeError, "x: expected a floating dtype of 16 to 64 bits, got torch.int64"),
         ({"scale": ONE.double()}, TypeError, "scale: expected torch.float32, got torch.float64"),
         ({"scale": torch.ones(2)}, ValueError, r"scale: expected one element, got \[2\]"),
         ({"scale": ONE.to("meta")}, ValueError, "scale: expected a tensor on cpu, got meta"),
         ({"dtype": torch.int32}, TypeError, "dtype: expected a floating dtype, got torch.int32"),
-        ({"x": WANTS}, ValueError, "expected inputs without gradient, got requires_grad=True"),
+        ({"x": WANTS}, ValueError, "[a-z]+: expected a tensor without gradient, got requires_grad=True"),
     ],
 )
 def test_bad_arguments_are_named(op: Any, inputs: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -275,7 +275,7 @@ def test_bad_arguments_are_named(op: Any, inputs: dict[str, Any], error: type[Ex
         (torch.ones(3), ValueError, r"add: expected \[2, 3\], got \[3\]"),
         (X.double(), TypeError, "add: expected torch.float32 or torch.float16, got torch.float64"),
         (META, ValueError, "add: expected a tensor on cpu, got meta"),
-        (WANTS, ValueError, "expected inputs without gradient"),
+        (WANTS, ValueError, "[a-z]+: expected a tensor without gradient"),
     ],
 )
 def test_a_bad_add_is_named(add: Tensor, error: type[Exception], message: str) -> None:
@@ -299,7 +299,7 @@ def test_a_bad_add_is_named(add: Tensor, error: type[Exception], message: str) -
             r"grads\[0\]: expected elements without gaps or overlap, got \[2, 2\]",
         ),
         ([X[:1].expand(2, 3)], torch.ones(1), ValueError, r"grads\[0\]: expected elements without gaps or overlap"),
-        ([WANTS], torch.ones(1), ValueError, "expected gradients without gradient, got requires_grad=True"),
+        ([WANTS], torch.ones(1), ValueError, r"grads\[0\]: expected a tensor without gradient, got requires_grad=True"),
     ],
 )
 def test_bad_lists_are_named(grads: list[Tensor], scales: Tensor, error: type[Exception], message: str) -> None:

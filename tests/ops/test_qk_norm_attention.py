@@ -37,7 +37,11 @@ def stream(**change: Any) -> AddedStream:
     ("change", "error", "message"),
     [
         ({"q": rows(5, 8)}, ValueError, r"q: expected \[B, L, H, D\], got \[5, 8\]"),
-        ({"q": torch.ones(2, 5, 3, 8, dtype=torch.int32)}, TypeError, "q: expected a floating dtype, got torch.int32"),
+        (
+            {"q": torch.ones(2, 5, 3, 8, dtype=torch.int32)},
+            TypeError,
+            "q: expected a floating dtype of 16 to 64 bits, got torch.int32",
+        ),
         ({"k": rows(1, 7, 3, 8)}, ValueError, r"k: expected \[2, S, 3, 8\], got \[1, 7, 3, 8\]"),
         ({"k": rows(2, 7, 1, 8)}, ValueError, r"k: expected \[2, S, 3, 8\], got \[2, 7, 1, 8\]"),
         ({"k": rows(2, 7, 3, 4)}, ValueError, r"k: expected \[2, S, 3, 8\], got \[2, 7, 3, 4\]"),
