@@ -24,7 +24,7 @@ _ORDER: Mapping[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "reference")
 _FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class BackendError(RuntimeError):
+class BackendError(ValueError):
     """A backend was asked for by name and cannot run this call."""
 
 
@@ -156,7 +156,8 @@ def choose(op: str, columns: Mapping[str, Column], call: tuple[Any, ...]) -> str
     """
     if _forced is not None:
         if reason := declined(_forced, columns, call):
-            raise BackendError(f"{op}: backend {_forced!r} was asked for and declines: {reason}")
+            got = f"{_forced!r}, which was asked for and declines: {reason}"
+            raise BackendError(f"{op}: backend: expected one that runs this call, got {got}")
         return _forced
     x: Tensor = call[0]
     for backend in _fit("cpu" if x.is_cpu else x.device.type, x.dtype):  # a device's type is slow to ask for
