@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import _backends, _library
@@ -103,7 +104,7 @@ class Operator:
         """The op's output, or the tuple of its outputs."""
         if _library.tracing(call[0]):
             results = self.forward_op(*call)
-        elif self.differentiable and _library.wants_grad(call[: self.tensors]):
+        elif self.differentiable and (_library.wants_grad(call[: self.tensors]) or forward_ad._current_level >= 0):
             return self.function.apply(*call)
         else:
             results = self._run(call)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
-from kolors_fast.ops import SPECS, AddedStream, OpSpec
+from kolors_fast.ops import SPECS, AddedStream, BackendError, OpSpec, use_backend
 from kolors_fast.ops._spec import Inputs, cast, map_tensors
 
 ALL = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
@@ -148,3 +149,42 @@ def test_ops_without_a_backward_pass_name_what_wants_a_gradient(spec: OpSpec) ->
             assert message.startswith(f"{spec.name}: {name}: expected a tensor without gradient, got requires_grad")
             with torch.no_grad():
                 spec.function(**changed(good.clone().requires_grad_()))
+
+
+@WITH_GRADIENT
+def test_transforms_are_refused_and_never_dropped(spec: OpSpec) -> None:
+    inputs = _inputs(spec)
+    name = spec.gradients[0]
+
+    def first(x: Tensor) -> Tensor:
+        found = spec.function(**{**inputs, name: x})
+        return found[0] if isinstance(found, tuple) else found
+
+    with pytest.raises(TypeError, match="expected a plain tensor, got one inside"):
+        torch.vmap(first)(torch.stack([inputs[name]] * 2))
+    with pytest.raises((RuntimeError, TypeError), match=r"autograd\.Function|expected a plain tensor"):
+        torch.func.jvp(first, (inputs[name],), (inputs[name],))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        first(forward_ad.make_dual(inputs[name], inputs[name]))
+
+
+@WITH_GRADIENT
+def test_a_second_derivative_is_refused(spec: OpSpec) -> None:
+    inputs = _inputs(spec)
+    name = spec.gradients[0]
+    x = inputs[name].clone().requires_grad_()
+    found = spec.function(**{**inputs, name: x})
+    y = found[0] if isinstance(found, tuple) else found
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice|derivative for .* is not implemented"):
+        grad.square().sum().backward()
+
+
+def test_a_forced_backend_that_declines_is_a_value_error() -> None:
+    with use_backend("cpu"):
+        for spec in SPECS.values():
+            control = {"scales": torch.ones(3).double()} if spec.name == "unscale_grads_" else {}
+            inputs = cast(spec.cases[0].make(torch.Generator().manual_seed(0)), torch.float64) | control
+            with pytest.raises(BackendError, match=rf"^{spec.name}: backend: expected .+, got 'cpu', .+ declines: "):
+                spec.function(**inputs)
+    assert issubclass(BackendError, ValueError)
