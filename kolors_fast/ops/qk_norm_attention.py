@@ -94,7 +94,9 @@ def qk_norm_attention(
         q, k, v, q_weight=q_weight, k_weight=k_weight, added=added, eps=eps, scale=scale, key_bias=key_bias
     )  # fmt: skip
     backend = _backends.choose("qk_norm_attention", COLUMNS, call)
-    out, added_out = _composed(call) if backend in ("cpu", "cuda") else _operator(call)
+    # torch's attention leaves a mask out of the graph where there is no query: then the registered op has its gradient
+    composed = backend in ("cpu", "cuda") and (key_bias is None or q.numel() > 0)
+    out, added_out = _composed(call) if composed else _operator(call)
     return out if added is None else (out, None if call.added_q is None else added_out)
 
 

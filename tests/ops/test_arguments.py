@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from kolors_fast.ops import SPECS, AddedStream, BackendError, OpSpec, use_backend
+from kolors_fast.ops import SPECS, AddedStream, BackendError, OpSpec, qk_norm_attention, use_backend
 from kolors_fast.ops._spec import Inputs, cast, map_tensors
 
 ALL = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
@@ -188,3 +188,12 @@ def test_a_forced_backend_that_declines_is_a_value_error() -> None:
             with pytest.raises(BackendError, match=rf"^{spec.name}: backend: expected .+, got 'cpu', .+ declines: "):
                 spec.function(**inputs)
     assert issubclass(BackendError, ValueError)
+
+
+@pytest.mark.parametrize(("batch", "queries"), [(0, 5), (2, 0)])
+def test_attention_without_queries_has_a_gradient_of_its_key_bias(batch: int, queries: int) -> None:
+    q, k = torch.zeros(batch, queries, 2, 8), torch.zeros(batch, 7, 2, 8)
+    key_bias = torch.zeros(batch, 7, requires_grad=True)
+    out: Any = qk_norm_attention(q, k, k, key_bias=key_bias)
+    (grad,) = torch.autograd.grad(out.sum(), key_bias)
+    assert out.shape == q.shape and torch.equal(grad, torch.zeros(batch, 7))
