@@ -266,7 +266,7 @@ def _flops(inputs: Inputs) -> int:
 
 def _details(call: Call) -> dict[str, str]:
     """Whether the Triton column multiplies by itself."""
-    reason = _epilogue_declines(call)
+    reason = _backends.declined("triton", COLUMNS, call) or _epilogue_declines(call)
     return {"triton epilogue": "runs" if reason is None else f"declines: {reason}"}
 
 

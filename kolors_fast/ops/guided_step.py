@@ -83,7 +83,8 @@ def guided_step(
         coefficients: float32 [6], or [steps, 6] with `row`.
         previous: like sample: what a multistep sampler kept, normally the last step's `denoised`.
         noise: like sample.
-        row: int64 [1] on the same device: the row of `coefficients`, read by the kernel and never by the host.
+        row: int64 [1] on the same device: the row of `coefficients`, read by the kernel and, on a GPU, never by the
+            host: there it is not checked.
         return_denoised: also return `denoised`.
 
     Returns:
@@ -162,7 +163,15 @@ def reference(*args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     return after if denoised is None else (after, denoised)
 
 
+def _check_row(call: Call) -> None:
+    """On a CPU, where looking costs no wait; a kernel on a GPU reads what it is told to."""
+    row, steps = call.row, call.coefficients.shape[0]
+    if row is not None and row.is_cpu and not 0 <= int(row) < steps:
+        raise ValueError(f"guided_step: row: expected one of {steps} rows, from 0, got {int(row)}")
+
+
 def _reference_step(call: Call) -> tuple[Tensor, Tensor | None]:
+    _check_row(call)
     wide = torch.promote_types(call.sample.dtype, torch.float32)
     c = call.coefficients if call.row is None else call.coefficients.index_select(0, call.row.reshape(1))[0]
     c, x = c.to(wide), call.sample.to(wide)
@@ -203,6 +212,7 @@ def _eager(
 
 def _extension_step(name: str, call: Call) -> tuple[Tensor, Tensor | None]:
     module: Any = _backends.extension(name)
+    _check_row(call)
     sample, predictions, weights, coefficients, row, previous, noise, return_denoised = call
     after = torch.empty_like(sample)
     denoised = torch.empty_like(sample) if return_denoised else None

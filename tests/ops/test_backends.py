@@ -139,6 +139,17 @@ def test_guided_step_refuses(change: dict[str, Any], error: type[Exception], mes
         guided_step(**(given | change))
 
 
+@pytest.mark.parametrize("row", [-1, 3, 2**40])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_row_past_the_table_is_refused_and_never_read(row: int, backend: str) -> None:
+    if reason := _backends.unavailable(backend):
+        pytest.skip(reason)
+    sample, table = torch.ones(1, 4), torch.ones(3, 6)
+    expected = f"^guided_step: row: expected one of 3 rows, from 0, got {row}$"
+    with use_backend(backend), pytest.raises(ValueError, match=expected):
+        guided_step(sample, sample, torch.ones(1), table, row=torch.tensor([row]))
+
+
 TOY = """
 import torch
 from . import _backends
