@@ -43,7 +43,8 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """y = value * gelu(gate), with value = h[..., :N], gate = h[..., N:] of h = x @ weight^T + bias.
 
     `geglu(F.linear(x, weight, bias))`, with the exact gelu of `geglu`. Differentiable once in all tensors. Where the
-    Triton column runs product and activation as one kernel, h is never rounded; elsewhere it is, to the dtype of x.
+    Triton column runs product and activation as one kernel, h is never rounded; elsewhere it is, to the dtype of x, or
+    under torch.autocast to that of autocast, which is then the result's.
 
     Args:
         x: [..., K], float32, float16, bfloat16 (float64: reference only), any strides.
@@ -59,7 +60,7 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
     """
     call = _prepare(x, weight, bias)
-    if _library.wants_grad(call):
+    if _library.wants_grad(call) or torch.is_autocast_enabled(x.device.type):
         return _composed(call)[0]
     y: Tensor = _operator(call)
     return y

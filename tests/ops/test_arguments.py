@@ -168,6 +168,22 @@ def test_transforms_are_refused_and_never_dropped(spec: OpSpec) -> None:
         first(forward_ad.make_dual(inputs[name], inputs[name]))
 
 
+@ALL
+def test_autocast_gives_the_same_dtype_in_eager_and_compiled(spec: OpSpec) -> None:
+    """Those that end in torch's product or attention follow autocast, others keep the dtype of their input."""
+
+    def run(function: Any) -> list[torch.dtype]:
+        inputs = _inputs(spec)
+        inputs |= {name: map_tensors(inputs[name], Tensor.clone) for name in spec.mutated}
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found = function(**inputs)
+        found = found if isinstance(found, tuple) else (found,)
+        return [y.dtype for y in found if y is not None]
+
+    torch.compiler.reset()
+    assert run(torch.compile(spec.function, fullgraph=True, backend="aot_eager")) == run(spec.function)
+
+
 @WITH_GRADIENT
 def test_a_second_derivative_is_refused(spec: OpSpec) -> None:
     inputs = _inputs(spec)
