@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("kolors_fast", "DEF")
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), list, tuple})  # what launchers take as a tensor's field
 
 
 def define(
@@ -38,9 +38,17 @@ def define_autograd(name: str, backward: Callable[..., Any], setup_context: Call
     torch.library.register_autograd(f"kolors_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
-def tracing(x: Tensor) -> bool:
-    """Whether something watches the dispatcher: dynamo, a dispatch mode, or a tensor subclass."""
-    return torch.compiler.is_compiling() or type(x) not in _PLAIN or torch._C._len_torch_dispatch_stack() > 0
+def tracing(*tensors: Any) -> bool:
+    """Whether something watches the dispatcher: dynamo, a dispatch mode, or a tensor subclass.
+
+    Every tensor counts: a fake weight beside a plain x has the address 0, which launchers take for no weight.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    for tensor in tensors:  # noqa: SIM110 (any() of a generator takes twice as long)
+        if type(tensor) not in _PLAIN:
+            return True
+    return False
 
 
 def wants_grad(tensors: Iterable[Tensor | None]) -> bool:

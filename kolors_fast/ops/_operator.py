@@ -102,7 +102,7 @@ class Operator:
 
     def __call__(self, call: Any) -> Any:
         """The op's output, or the tuple of its outputs."""
-        if _library.tracing(call[0]):
+        if _library.tracing(*call[: self.tensors]):
             results = self.forward_op(*call)
         elif self.differentiable and (_library.wants_grad(call[: self.tensors]) or forward_ad._current_level >= 0):
             return self.function.apply(*call)

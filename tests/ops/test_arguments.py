@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 from kolors_fast.ops import SPECS, AddedStream, BackendError, OpSpec, qk_norm_attention, use_backend
@@ -138,6 +138,17 @@ def test_refusals_are_the_same_under_tracing(spec: OpSpec) -> None:
             torch.compile(spec.function, backend="eager", fullgraph=True)(**bad)
         with FakeTensorMode() as mode, pytest.raises(type(eager), match=f"^{re.escape(str(eager))}$"):
             spec.function(**{name: map_tensors(item, mode.from_tensor) for name, item in bad.items()})
+
+
+@ALL
+def test_no_launcher_reads_a_fake_tensor_beside_plain_ones(spec: OpSpec) -> None:
+    for name, _, inputs, changed in _slots(spec):
+        fake = FakeTensorMode().from_tensor(_tensor_of(name, inputs))
+        try:
+            found = spec.function(**changed(fake))
+        except (AssertionError, TypeError, ValueError, RuntimeError):
+            continue  # torch's own refusal of fake tensors beside plain ones
+        assert isinstance(found[0] if isinstance(found, tuple) else found, FakeTensor), name
 
 
 @WITHOUT_GRADIENT
