@@ -1,6 +1,6 @@
 """What kind of thing an argument has to be, looked at only once something has gone wrong.
 
-A call that is right pays for none of this: the checks of an op ask for shape, dtype and device, which anything that is
+A call that is right pays for one frame: the checks of an op ask for shape, dtype and device, which anything that is
 no tensor fails by an AttributeError. That is then told in the words of every other refusal.
 """
 
