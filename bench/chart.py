@@ -18,7 +18,7 @@ COLOURS = {
     "triton_epilogue": "#f9ab00", "liger": "#a142f4", "sdpa": "#12b5cb", "flash_attn": "#e52592",
     "flash_attn_3": "#9c166b", "xformers": "#7cb342",
 }  # fmt: skip
-BAR, GAP, TEXT, SCALE, FONT = 12, 10, 420, 90, 11
+BAR, GAP, TEXT, SCALE, FONT = 12, 10, 460, 90, 11
 
 
 def chart(report: dict[str, Any]) -> str:
@@ -26,10 +26,11 @@ def chart(report: dict[str, Any]) -> str:
     for row in report["benchmarks"]:
         if "host overhead" not in row["group"]:
             groups[row["group"]].append((row["name"], row["extra_info"]["speedup"]))
+    groups = {group: providers for group, providers in groups.items() if len(providers) > 1}
     widest = max(speedup for providers in groups.values() for _, speedup in providers)
     lines, y = [], GAP
     for group, providers in groups.items():
-        lines.append(_text(TEXT - 8, y + BAR * len(providers) / 2 + 4, group, "end"))
+        lines.append(_text(TEXT - 8, y + BAR * len(providers) / 2 + 4, group.replace("torch.", ""), "end"))
         for name, speedup in providers:
             colour = COLOURS[name]
             lines.append(f'<rect x="{TEXT}" y="{y}" width="{speedup * SCALE:.1f}" height="{BAR - 2}" fill="{colour}"/>')
