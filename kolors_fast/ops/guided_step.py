@@ -132,21 +132,21 @@ def _prepare(
         raise ValueError(f"guided_step: coefficients: expected {shape}, got {list(coefficients.shape)}")
     if row is not None and row.numel() != 1:
         raise ValueError(f"guided_step: row: expected one element, got {list(row.shape)}")
-    control = torch.float64 if sample.dtype == weights.dtype == torch.float64 else torch.float32
-    tensors = [("predictions", predictions, sample.dtype), ("weights", weights, control)]
-    tensors += [("coefficients", coefficients, control)]
-    if row is not None:
-        tensors.append(("row", row, torch.int64))
     for name, value in (("previous", previous), ("noise", noise)):
-        if value is not None:
-            if value.shape != sample.shape:
-                raise ValueError(f"guided_step: {name}: expected {list(sample.shape)}, got {list(value.shape)}")
-            tensors.append((name, value, sample.dtype))
-    for name, tensor, dtype in tensors:
-        if tensor.dtype != dtype:
-            raise TypeError(f"guided_step: {name}: expected {dtype}, got {tensor.dtype}")
-        if tensor.device != sample.device:
-            raise ValueError(f"guided_step: {name}: expected a tensor on {sample.device}, got {tensor.device}")
+        if value is not None and value.shape != sample.shape:
+            raise ValueError(f"guided_step: {name}: expected {list(sample.shape)}, got {list(value.shape)}")
+    dtype, device = sample.dtype, sample.device
+    control = torch.float64 if dtype == weights.dtype == torch.float64 else torch.float32
+    for name, tensor, wanted in (
+        ("predictions", predictions, dtype), ("weights", weights, control), ("coefficients", coefficients, control),
+        ("row", row, torch.int64), ("previous", previous, dtype), ("noise", noise, dtype),
+    ):  # fmt: skip
+        if tensor is None:
+            continue
+        if tensor.dtype != wanted:
+            raise TypeError(f"guided_step: {name}: expected {wanted}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"guided_step: {name}: expected a tensor on {device}, got {tensor.device}")
     _library.refuse_grad(
         "guided_step", sample=sample, predictions=predictions, weights=weights, coefficients=coefficients,
         previous=previous, noise=noise,
@@ -165,9 +165,9 @@ def reference(*args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
 
 def _check_row(call: Call) -> None:
     """On a CPU, where looking costs no wait; a kernel on a GPU reads what it is told to."""
-    row, steps = call.row, call.coefficients.shape[0]
-    if row is not None and row.is_cpu and not 0 <= int(row) < steps:
-        raise ValueError(f"guided_step: row: expected one of {steps} rows, from 0, got {int(row)}")
+    row = call.row
+    if row is not None and row.is_cpu and not 0 <= int(row) < call.coefficients.shape[0]:
+        raise ValueError(f"guided_step: row: expected one of {call.coefficients.shape[0]} rows, from 0, got {int(row)}")
 
 
 def _reference_step(call: Call) -> tuple[Tensor, Tensor | None]:

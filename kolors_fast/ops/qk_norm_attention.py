@@ -81,8 +81,8 @@ def qk_norm_attention(
             never all keys of a sample (float64 with float64 q).
 
     Returns:
-        out [B, L, H, D] in q's dtype, contiguous, so that `out.flatten(2)` is free; with `added` the pair (out,
-        added_out [B, L2, H, D] or None).
+        out [B, L, H, D] in q's dtype (under torch.autocast in that of autocast, as torch's attention does), contiguous,
+        so that `out.flatten(2)` is free; with `added` the pair (out, added_out [B, L2, H, D] or None).
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit, named with expected and got.
