@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._streams import AddedStream
 
-Prepare = TypeVar("Prepare", bound=Callable[..., Any])
+P = ParamSpec("P")
+Call = TypeVar("Call")
 
 _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "Tensor": ((Tensor,), "a tensor"),
@@ -28,15 +29,15 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def refused_by_kind(op: str) -> Callable[[Prepare], Prepare]:
+def refused_by_kind(op: str) -> Callable[[Callable[P, Call]], Callable[P, Call]]:
     """Of a function that checks the arguments of `op`: where it stumbles over their kind, a TypeError says so."""
 
-    def decorate(prepare: Prepare) -> Prepare:
+    def decorate(prepare: Callable[P, Call]) -> Callable[P, Call]:
         parameters = signature(prepare).parameters
         kinds = {name: str(parameter.annotation) for name, parameter in parameters.items()}
 
         @wraps(prepare)
-        def checked(*args: Any, **options: Any) -> Any:
+        def checked(*args: P.args, **options: P.kwargs) -> Call:
             try:
                 return prepare(*args, **options)
             except (AttributeError, TypeError, RuntimeError):
@@ -45,7 +46,7 @@ def refused_by_kind(op: str) -> Callable[[Prepare], Prepare]:
                     raise TypeError(f"{op}: {reason}") from None
                 raise
 
-        return checked  # type: ignore[return-value]
+        return checked
 
     return decorate
 

@@ -37,8 +37,8 @@ def chunk(generator: torch.Generator, batch: int, width: int, dtype: torch.dtype
 def cases(build: Build, models: Mapping[str, tuple[int, ...]]) -> tuple[Case, ...]:
     """Those every op of the family has."""
 
-    def case(name: str, shape: tuple[int, ...], **options: Any) -> Case:
-        return Case(name, lambda generator: build(generator, shape, **options))
+    def case(name: str, shape: tuple[int, ...], model: bool = False, **options: Any) -> Case:
+        return Case(name, lambda generator: build(generator, shape, **options), model)
 
     def changed(name: str, shape: tuple[int, ...], change: Callable[[Tensor], Tensor], **options: Any) -> Case:
         def make(generator: torch.Generator) -> Inputs:
@@ -73,7 +73,7 @@ def cases(build: Build, models: Mapping[str, tuple[int, ...]]) -> tuple[Case, ..
         changed("offset_view", (2, 3, 40), _offset_view),
         changed("holds_nan", (2, 4, 16), holds(float("nan"))),
         changed("holds_inf", (2, 4, 16), holds(float("inf"))),
-        *(Case(name, lambda g, shape=shape: build(g, shape), model=True) for name, shape in models.items()),  # type: ignore[misc]
+        *(case(name, shape, model=True) for name, shape in models.items()),
     )
 
 
