@@ -35,7 +35,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "generic": [],
 }
-ISA_INDEPENDENT = ("isa.cpp", "parallel.cpp")
+ISA_INDEPENDENT = ("isa.cpp", "parallel.cpp", "sample.cpp")
 
 
 def find_nvcc() -> Path | None:

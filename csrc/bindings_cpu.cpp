@@ -2,6 +2,7 @@
 #include "common/arguments.h"
 #include "common/bindings.h"
 #include "cpu/isa.h"
+#include "cpu/sample.h"
 
 #include <pybind11/pybind11.h>
 
@@ -236,6 +237,9 @@ PYBIND11_MODULE(_cpu, module) {
                    "2 bfloat16. workspace and stream are for the GPU and ignored.";
     module.def("isa", &isa,
                "The instruction set in use: avx512bf16, avx512, avx2 or generic (KOLORS_FAST_CPU_ISA forces one).");
+    module.def(
+        "sample", [](uintptr_t data, size_t bytes) { return sample(reinterpret_cast<const void *>(data), bytes); },
+        py::arg("data"), py::arg("bytes"), "Hash of 64 words spread over `bytes` bytes at the address `data`.");
     module.def(
         "build_info", [] { return py::dict(arg("compiler") = __VERSION__, arg("cuda") = KOLORS_FAST_CUDA_STATUS); },
         "The compiler, and whether the CUDA extension was built or why not.");

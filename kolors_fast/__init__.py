@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .models.unet import KolorsUNet
     from .ops import explain, use_backend
     from .pipelines.kolors import KolorsPipeline
+    from .savings import without
 
 _HOME = {
     "AutoencoderKL": "models.autoencoder_kl",
@@ -27,6 +28,7 @@ _HOME = {
     "KolorsUNet": "models.unet",
     "explain": "ops",
     "use_backend": "ops",
+    "without": "savings",
 }
 
 __version__ = "0.1.0"
@@ -38,6 +40,7 @@ __all__ = [  # noqa: RUF022  (models first)
     "KolorsPipeline",
     "explain",
     "use_backend",
+    "without",
 ]
 
 

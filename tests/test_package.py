@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # a package imports from its own rank or below, and never in a circle
 RANKS = {
-    **dict.fromkeys(("_cpu", "_cuda", "kernels", "assets"), 0),
+    **dict.fromkeys(("_cpu", "_cuda", "kernels", "assets", "savings"), 0),
     **dict.fromkeys(("ops", "schedulers", "data"), 1),
     **dict.fromkeys(("models", "sampling"), 2),
     **dict.fromkeys(("pipelines", "training", "evaluation"), 3),

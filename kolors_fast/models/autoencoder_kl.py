@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .attention import Attention
 from .checkpoint import PretrainedModel
-from .layers import Attention, Downsample, GroupNorm, ResnetBlock, Upsample, to_map, to_tokens, use_channels_last
+from .layers import Conv2d, Downsample, GroupNorm, ResnetBlock, Upsample, to_map, to_tokens, use_channels_last
 
 NORM_EPS = 1e-6
 # attention layers as files written before 2023 name them
@@ -143,14 +144,14 @@ class Encoder(nn.Module):
         mid_attention: bool,
     ) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(in_channels, widths[0], 3, padding=1)
         levels = list(pairwise([widths[0], *widths]))
         self.down_blocks = nn.ModuleList(
             DownBlock(a, b, num_layers, num_groups, downsample=i < len(levels) - 1) for i, (a, b) in enumerate(levels)
         )
         self.mid_block = MidBlock(widths[-1], num_groups, add_attention=mid_attention)
         self.conv_norm_out = GroupNorm(num_groups, widths[-1], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
@@ -173,14 +174,14 @@ class Decoder(nn.Module):
         mid_attention: bool,
     ) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
+        self.conv_in = Conv2d(in_channels, widths[-1], 3, padding=1)
         levels = list(pairwise([widths[-1], *reversed(widths)]))
         self.up_blocks = nn.ModuleList(
             UpBlock(a, b, num_layers, num_groups, upsample=i < len(levels) - 1) for i, (a, b) in enumerate(levels)
         )
         self.mid_block = MidBlock(widths[-1], num_groups, add_attention=mid_attention)
         self.conv_norm_out = GroupNorm(num_groups, widths[0], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
@@ -244,8 +245,8 @@ class AutoencoderKL(PretrainedModel):
             mid_attention=mid_block_add_attention,
         )
         moments = 2 * latent_channels
-        self.quant_conv = nn.Conv2d(moments, moments, 1) if use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+        self.quant_conv = Conv2d(moments, moments, 1) if use_quant_conv else None
+        self.post_quant_conv = Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
         use_channels_last(self)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:

@@ -6,25 +6,31 @@ Feature maps are [B, C, H, W] in channels_last memory, so the token view [B, H*W
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_fast.ops.group_norm_silu import group_norm_silu
+from .. import savings
+from ..ops._backends import forced
+from ..ops._library import tracing, wants_grad
+from ..ops._marks import Derived
+from ..ops._products import conv2d, linear
+from ..ops.group_norm_silu import group_norm_silu
+from ..ops.residual_layer_norm import residual_layer_norm
 
 
 def use_channels_last(model: nn.Module) -> None:
     """Store convolution weights as NHWC, now and after each load: they meet channels_last maps only."""
-    _store_channels_last(model)
-    model.register_load_state_dict_post_hook(_store_channels_last)
+    store_convolutions(model)
+    model.register_load_state_dict_post_hook(lambda module, _: store_convolutions(module))
 
 
-def _store_channels_last(model: nn.Module, _keys: Any = None) -> None:
+def store_convolutions(model: nn.Module, layout: torch.memory_format = torch.channels_last) -> None:
+    """Bring the weights of all convolutions into this layout."""
     for parameter in model.parameters():
         if parameter.dim() == 4 and type(parameter.data) is Tensor:  # a shard keeps the layout its owner gave it
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -49,16 +55,43 @@ def sinusoidal_embedding(positions: Tensor, dim: int, *, flip_sin_to_cos: bool, 
     return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
 
 
-def is_wrapped(conv: nn.Module) -> bool:
-    """Whether something stands around the convolution (LoRA layers, offload hooks), so that it must be called."""
-    return type(conv) is not nn.Conv2d or "forward" in conv.__dict__
+class Linear(nn.Linear):
+    """nn.Linear by the fastest library at hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d without dilation and groups by the fastest library at hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
+
+
+def is_wrapped(layer: nn.Module) -> bool:
+    """Whether something stands around the layer (LoRA layers, hooks), so that it must be called."""
+    if type(layer) not in (Linear, Conv2d, nn.Linear, nn.Conv2d, nn.LayerNorm) or "forward" in layer.__dict__:
+        return True
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def conv_without_bias(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """conv(x) without its bias, and that bias for the caller to add; a wrapped conv runs whole."""
-    if is_wrapped(conv):
+    if is_wrapped(conv) or not savings.on("channel_add"):
         return conv(x), None
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
+    return conv2d(x, conv.weight, None, stride=conv.stride, padding=conv.padding), conv.bias
+
+
+def add_and_norm(x: Tensor, y: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """r = x + y (or x), and norm(r), in one pass over both."""
+    if y is None:
+        return x, norm(x)
+    same = x.dtype == y.dtype == norm.weight.dtype
+    if same and savings.on("residual_norm") and not is_wrapped(norm):
+        return residual_layer_norm(x, y, norm.weight, norm.bias, norm.eps)
+    r = x + y
+    return r, norm(r)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -96,21 +129,31 @@ class ResnetBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = GroupNorm(num_groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim is not None else None
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = Linear(time_dim, out_channels) if time_dim is not None else None
         self.norm2 = GroupNorm(num_groups, out_channels, eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, time: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], time [B, time_dim] with SiLU already applied, skip [B, S, H, W]."""
+    def forward(self, x: Tensor, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], skip [B, S, H, W]; shift [B, Cout]: what `time_emb_proj` made of the time embedding."""
+        if skip is not None and not savings.on("skip_concat"):
+            x, skip = torch.cat([x, skip], dim=1), None
         h, bias = conv_without_bias(self.conv1, self.norm1(x, skip=skip))
-        if self.time_emb_proj is not None and time is not None:
-            shift = self.time_emb_proj(time)  # [B, Cout]
-            bias = shift if bias is None else shift + bias
-        channel_add = None if bias is None else bias.expand(x.shape[0], -1).to(h.dtype)
-        h = self.conv2(self.norm2(h, channel_add=channel_add))
+        if bias is not None:
+            shift = bias.expand(x.shape[0], -1) if shift is None else shift + bias
+        if shift is not None:
+            shift = shift.to(h.dtype)
+            if not savings.on("channel_add"):
+                h, shift = h + shift[:, :, None, None], None
+        h = self.conv2(self.norm2(h, channel_add=shift))
         return self.shortcut(x, skip) + h
+
+    @property
+    def projection(self) -> nn.Module:
+        """What turns the time embedding into this block's shift."""
+        assert self.time_emb_proj is not None
+        return self.time_emb_proj
 
     def shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
         conv = self.conv_shortcut
@@ -133,7 +176,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, padding: int = 1) -> None:
         super().__init__()
         self.padding = padding
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
@@ -144,47 +187,56 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         height, width = x.shape[-2:]
-        return self.conv(F.interpolate(x, size=size or (2 * height, 2 * width), mode="nearest"))
+        doubled = (2 * height, 2 * width)
+        if size in (None, doubled) and upsamples_by_phases(self.conv, x):
+            return conv_of_doubled(self.conv, x)
+        return self.conv(F.interpolate(x, size=size or doubled, mode="nearest"))
 
 
-class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d) + bias) v over `heads` heads, with projections before and after."""
+_phases = Derived()
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int,
-        head_dim: int,
-        context_dim: int | None = None,
-        qkv_bias: bool = False,
-        group_norm: GroupNorm | None = None,
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.group_norm = group_norm  # the caller's to apply; here for its place in the state dict
-        inner_dim = heads * head_dim
-        self.to_q = nn.Linear(dim, inner_dim, bias=qkv_bias)
-        self.to_k = nn.Linear(context_dim or dim, inner_dim, bias=qkv_bias)
-        self.to_v = nn.Linear(context_dim or dim, inner_dim, bias=qkv_bias)
-        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(0.0)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """x [B, N, C]; context [B, K, C'] or x itself; bias [B, K], added to every query's logits."""
-        context = x if context is None else context
-        if bias is not None and bias.shape[-1] != context.shape[1]:
-            raise ValueError(
-                f"attention mask or bias: expected one value for each of {context.shape[1]} keys, "
-                f"got shape {list(bias.shape)}"
-            )
-        q, k, v = (  # [B, heads, N or K, d]
-            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        mask = None if bias is None else bias[:, None, None, :].to(q.dtype)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.to_out[0](h.transpose(1, 2).flatten(2))
+def upsamples_by_phases(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Not where gradients are wanted, nor in 16 bit, whose sums of weights would be rounded; nor on a GPU, where it has
+    not been measured."""
+    if is_wrapped(conv) or tracing(x) or wants_grad((x, conv.weight, conv.bias)):
+        return False
+    wide = x.dtype == torch.float32 == conv.weight.dtype and not torch.is_autocast_enabled("cpu")
+    return wide and x.is_cpu and x.numel() > 0 and savings.on("upsample_phases") and forced() != "reference"
+
+
+def conv_of_doubled(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(nearest neighbour of x, twice as large) for a 3x3 convolution, at 4/9 of its products.
+
+    Of three rows of the doubled map two are equal: those of an even row 2i are rows i-1, i, i of x and those of an odd
+    one i, i, i+1. So each of the four phases (even or odd row, even or odd column) is a 2x2 convolution of x itself,
+    whose weights are sums (the identity behind the sub-pixel convolution of Shi et al., arXiv 1609.05158).
+    """
+    weight = _phases.get(conv.weight, lambda: _phase_weights(conv.weight))
+    batch, _, height, width = x.shape
+    out = conv.weight.shape[0]
+    y = conv2d(x, _phase_weights(conv.weight) if weight is None else weight, None, padding=(1, 1))
+    y = y.unflatten(1, (4, out))  # [B, 4, O, H + 1, W + 1]
+    doubled = torch.empty(
+        batch, out, 2 * height, 2 * width, dtype=y.dtype, device=y.device, memory_format=torch.channels_last
+    )
+    bias = 0 if conv.bias is None else conv.bias[:, None, None]
+    for phase in range(4):
+        down, right = divmod(phase, 2)
+        part = y[:, phase, :, down : down + height, right : right + width]
+        torch.add(part, bias, out=doubled[:, :, down::2, right::2])
+    return doubled
+
+
+def _phase_weights(weight: Tensor) -> Tensor:
+    """[O, C, 3, 3] -> [4 * O, C, 2, 2]: even row and column, even and odd, odd and even, odd and odd."""
+    a, b, c = weight.detach().unbind(2)  # [O, C, 3] each
+    phases = []
+    for rows in (torch.stack([a, b + c], 2), torch.stack([a + b, c], 2)):  # [O, C, 2, 3]
+        d, e, f = rows.unbind(3)
+        phases += [torch.stack([d, e + f], 3), torch.stack([d + e, f], 3)]
+    return torch.cat(phases).contiguous(memory_format=torch.channels_last)

@@ -15,9 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import savings
+from ..ops import _library
+from .attention import Attention
 from .checkpoint import PretrainedModel
-from .layers import GroupNorm, sinusoidal_embedding, use_channels_last
-from .unet_blocks import BlockShape, Conditioning, DownBlock, MidBlock, TimestepEmbedding, UpBlock
+from .layers import (
+    Conv2d,
+    GroupNorm,
+    Linear,
+    ResnetBlock,
+    is_wrapped,
+    sinusoidal_embedding,
+    store_convolutions,
+    use_channels_last,
+)
+from .unet_blocks import BlockShape, DownBlock, MidBlock, TimestepEmbedding, UpBlock
+from .unet_conditioning import Conditioning, Prompt, PromptCache, State, Steps, balanced, collapse_pads
 
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -127,17 +140,18 @@ class KolorsUNet(PretrainedModel):
         levels = _levels(self.config)
         width, time_dim = levels[0].width, 4 * levels[0].width
 
-        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.conv_in = Conv2d(in_channels, width, 3, padding=1)
         self.time_embedding = TimestepEmbedding(width, time_dim)
-        self.encoder_hid_proj = nn.Linear(encoder_hid_dim, cross_attention_dim)
+        self.encoder_hid_proj = Linear(encoder_hid_dim, cross_attention_dim)
         self.add_embedding = TimestepEmbedding(projection_class_embeddings_input_dim, time_dim)
         # the mid block comes last, as in diffusers' state dict
         self.down_blocks, skip_channels = self._build_down(levels)
         self.up_blocks = self._build_up(levels, skip_channels)
         self.mid_block = MidBlock(levels[-1].width, self._shape(levels[-1], True))
         self.conv_norm_out = GroupNorm(norm_num_groups, width, norm_eps)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, out_channels, 3, padding=1)
         use_channels_last(self)
+        self._prompts = PromptCache()
 
     def _shape(self, level: Level, attends: bool) -> BlockShape:
         config = self.config
@@ -211,8 +225,7 @@ class KolorsUNet(PretrainedModel):
             encoder_attention_mask: [B, S], 1 keep, 0 drop, on the text.
             return_dict: whether to return UNet2DConditionOutput(sample) or (sample,).
             encoder_key_bias: fp32 [B, S], added to the cross-attention logits of every block. One key with bias
-                ln(m) counts as m equal keys, so m equal pad states can be given once; in half precision the bias
-                is rounded to the queries' dtype.
+                ln(m) counts as m equal keys, so m equal pad states can be given once.
 
         Raises:
             ValueError: an argument is missing, or has another shape than said above.
@@ -220,11 +233,6 @@ class KolorsUNet(PretrainedModel):
         for name, value in (("class_labels", class_labels), ("timestep_cond", timestep_cond)):
             if value is not None:
                 raise ValueError(f"{name}: expected None, for this model has no such input, got a value")
-        kwargs = dict(cross_attention_kwargs or {})
-        lora_scale = kwargs.pop("scale", 1.0)
-        if kwargs:
-            raise ValueError(f"cross_attention_kwargs: expected no key but 'scale', got {sorted(kwargs)}")
-
         adapter = down_intrablock_additional_residuals
         if adapter is None and mid_block_additional_residual is None:
             adapter = down_block_additional_residuals
@@ -232,37 +240,110 @@ class KolorsUNet(PretrainedModel):
         if down_block_additional_residuals is not None and mid_block_additional_residual is not None:
             control = [*down_block_additional_residuals, mid_block_additional_residual]
 
-        with lora_scaled(self, lora_scale):
-            cond = Conditioning(
-                time=F.silu(self.embed_time(timestep, sample) + self.embed_added(added_cond_kwargs, sample)),
-                text=self.encoder_hid_proj(encoder_hidden_states),
-                self_bias=_mask_bias(attention_mask, sample.dtype),
-                text_bias=_sum(_mask_bias(encoder_attention_mask, sample.dtype), encoder_key_bias),
-            )
+        with lora_scaled(self, lora_scale(cross_attention_kwargs)):
+            prompt = self.read_prompt(
+                encoder_hidden_states, added_cond_kwargs, sample.dtype,
+                mask=encoder_attention_mask, key_bias=encoder_key_bias,
+            )  # fmt: skip
+            time = self.embed_time(timestep, sample)
+            if len(time) not in (1, len(sample)):
+                raise ValueError(f"timestep: expected 1 or {len(sample)} numbers, got {len(time)}")
+            shifts = self.shifts(time, prompt)
+            cond = Conditioning(prompt, shifts, _mask_bias(attention_mask, sample.dtype))
             noise = self.denoise(sample, cond, control, adapter)
         return UNet2DConditionOutput(noise) if return_dict else (noise,)
 
-    def embed_time(self, timestep: Tensor | float | int, sample: Tensor) -> Tensor:
-        """Timestep(s) -> [B, time_dim]."""
-        batch = sample.shape[0]
-        if isinstance(timestep, Tensor):
-            t = timestep.to(sample.device).reshape(-1)
-        else:  # filled on the device: a copy from the host would wait for it
-            t = torch.full((1,), float(timestep), device=sample.device)
-        if t.numel() not in (1, batch):
-            raise ValueError(f"timestep: expected 1 or {batch} numbers, got {t.numel()}")
-        return self.time_embedding(self._sinusoid(t.expand(batch), self.config.block_out_channels[0]).to(sample.dtype))
+    def read_prompt(
+        self,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: Mapping[str, Tensor] | None,
+        dtype: torch.dtype,
+        *,
+        mask: Tensor | None = None,
+        key_bias: Tensor | None = None,
+    ) -> Prompt:
+        """What the model reads of its prompts at every step; known prompts are not read again.
 
-    def embed_added(self, added_cond_kwargs: Mapping[str, Tensor] | None, sample: Tensor) -> Tensor:
-        """Pooled text [B, D] and size ids [B, 6] -> [B, time_dim]."""
+        Arguments as those of `forward`; dtype is the sample's. An argument or weight that was edited is seen, unless it
+        was edited through `.data` on a GPU, which PyTorch does not record: call `forget_prompts` after that.
+        """
         for key in ("text_embeds", "time_ids"):
             if added_cond_kwargs is None or key not in added_cond_kwargs:
                 raise ValueError(f"added_cond_kwargs: expected text_embeds and time_ids, got no {key}")
         assert added_cond_kwargs is not None
-        text, ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
-        sizes = self._sinusoid(ids.flatten(), self.config.addition_time_embed_dim)  # [B*6, 256]
-        joined = torch.cat([text.to(sample.dtype), sizes.reshape(text.shape[0], -1).to(sample.dtype)], dim=-1)
+        pooled, time_ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
+
+        def read(keeps: bool) -> Prompt:
+            states, bias = encoder_hidden_states, _sum(_mask_bias(mask, dtype), key_bias)
+            if (
+                bias is None
+                and savings.on("pad_collapse")
+                and not _library.tracing(states)
+                and not torch.is_grad_enabled()
+            ):
+                states, bias = collapse_pads(states) or (states, None)
+            bias = None if bias is None else balanced(bias.float(), dtype)
+            return Prompt(self.encoder_hid_proj(states), bias, self.embed_added(pooled, time_ids, dtype), keeps)
+
+        return self._prompts.get(
+            (encoder_hidden_states, mask, key_bias, pooled, time_ids), self._text_layers(), (dtype,), read
+        )
+
+    def forget_prompts(self) -> None:
+        """Drop what is kept of prompts."""
+        self._prompts.forget()
+
+    def _text_layers(self) -> list[nn.Module]:
+        """Whatever turns prompts into what the blocks read."""
+        layers: list[nn.Module] = [self.encoder_hid_proj, self.add_embedding.linear_1, self.add_embedding.linear_2]
+        for attention in self._cross_attentions():
+            folded = [layer for layer in (attention.to_q, attention.to_out[0]) if not is_wrapped(layer)]
+            layers += [attention.to_k, attention.to_v, *folded]
+        return layers
+
+    def _cross_attentions(self) -> Iterator[Attention]:
+        for block in (*self.down_blocks, *self.up_blocks, self.mid_block):
+            for transformer in block.attentions:
+                for layer in transformer.transformer_blocks:
+                    yield layer.attn2
+
+    def _resnets(self) -> Iterator[ResnetBlock]:
+        for block in (*self.down_blocks, *self.up_blocks, self.mid_block):
+            yield from block.resnets
+
+    def embed_time(self, timestep: Tensor | float | int, like: Tensor) -> Tensor:
+        """T timesteps -> [T, time_dim], on the device and in the dtype of `like`."""
+        if isinstance(timestep, Tensor):
+            t = timestep.to(like.device).reshape(-1)
+        else:  # filled on the device: a copy from the host would wait for it
+            t = torch.full((1,), float(timestep), device=like.device)
+        return self.time_embedding(self._sinusoid(t, self.config.block_out_channels[0]).to(like.dtype))
+
+    def embed_added(self, pooled: Tensor, time_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Pooled text [B, D] and size ids [B, 6] -> [B, time_dim]."""
+        sizes = self._sinusoid(time_ids.flatten(), self.config.addition_time_embed_dim)  # [B*6, 256]
+        joined = torch.cat([pooled.to(dtype), sizes.reshape(pooled.shape[0], -1).to(dtype)], dim=-1)
         return self.add_embedding(joined)
+
+    def shifts(self, time: Tensor, prompt: Prompt) -> dict[nn.Module, Tensor]:
+        """What every residual block adds of the time embedding [..., B or 1, time_dim]: [..., B, Cout] each."""
+        time = F.silu(time + prompt.added)
+        return {block: block.projection(time) for block in self._resnets()}
+
+    def plan_steps(self, timesteps: Tensor, prompt: Prompt) -> Steps:
+        """The shifts of all steps [T] of a run at once."""
+        state = State((timesteps, prompt.added), self._time_layers())
+        time = self.embed_time(timesteps, prompt.added)[:, None]  # [T, 1, time_dim]
+        return Steps(prompt, self.shifts(time, prompt), timesteps, state)
+
+    def follows(self, steps: Steps, prompt: Prompt) -> bool:
+        """Whether a plan still holds: for this prompt, and no layer that made it has changed since."""
+        return steps.prompt is prompt and steps.state.holds((steps.timesteps, prompt.added), self._time_layers())
+
+    def _time_layers(self) -> list[nn.Module]:
+        """Whatever turns timesteps into shifts."""
+        projections = [block.projection for block in self._resnets()]
+        return [self.time_embedding.linear_1, self.time_embedding.linear_2, *projections]
 
     def _sinusoid(self, positions: Tensor, dim: int) -> Tensor:
         config = self.config
@@ -279,7 +360,7 @@ class KolorsUNet(PretrainedModel):
     ) -> Tensor:
         """The UNet proper. `control`: one residual per skip, then the mid block's; `adapter`: one per down block."""
         residuals = list(adapter or [])
-        x = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(sample.contiguous(memory_format=self._layout()))
         skips = [x]
         for block in self.down_blocks:
             x, made = block(x, cond, residuals.pop(0) if residuals else None)
@@ -297,6 +378,15 @@ class KolorsUNet(PretrainedModel):
         for block in self.up_blocks:
             x = block(x, skips, cond)
         return self.conv_out(self.conv_norm_out(x))
+
+    def _layout(self) -> torch.memory_format:
+        """Of maps and weights; weights that lie otherwise are stored anew, where nothing trains."""
+        layout = torch.channels_last if savings.on("channels_last") else torch.contiguous_format
+        if isinstance(self.conv_in, nn.Conv2d) and not torch.is_grad_enabled():
+            weight = self.conv_in.weight
+            if not _library.tracing(weight) and not weight.is_contiguous(memory_format=layout):
+                store_convolutions(self, layout)
+        return layout
 
     @property
     def attn_processors(self) -> dict[str, AttentionProcessor]:
@@ -317,6 +407,15 @@ class KolorsUNet(PretrainedModel):
                     f"set_attn_processor: {name}: expected plain attention (AttnProcessor2_0), which this "
                     f"model computes itself, got {kind}"
                 )
+
+
+def lora_scale(cross_attention_kwargs: Mapping[str, Any] | None) -> float:
+    """The strength of injected LoRA layers that a caller asks for."""
+    kwargs = dict(cross_attention_kwargs or {})
+    scale: float = kwargs.pop("scale", 1.0)
+    if kwargs:
+        raise ValueError(f"cross_attention_kwargs: expected no key but 'scale', got {sorted(kwargs)}")
+    return scale
 
 
 @contextmanager

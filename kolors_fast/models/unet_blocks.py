@@ -12,18 +12,14 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Attention, Downsample, GroupNorm, ResnetBlock, Upsample, to_map, to_tokens
+from .. import savings
+from ..ops.geglu import geglu
+from ..ops.geglu_linear import geglu_linear
+from .attention import Attention
+from .layers import Downsample, GroupNorm, Linear, ResnetBlock, Upsample, add_and_norm, is_wrapped, to_map, to_tokens
+from .unet_conditioning import Conditioning
 
 TRANSFORMER_NORM_EPS = 1e-6
-
-
-class Conditioning(NamedTuple):
-    """What every block reads beside the feature map."""
-
-    time: Tensor  # [B, time_dim], SiLU already applied
-    text: Tensor  # [B, S, cross_attention_dim]
-    self_bias: Tensor | None  # [B, H*W], added to the logits of self-attention
-    text_bias: Tensor | None  # [B, S], added to the logits of cross-attention
 
 
 class BlockShape(NamedTuple):
@@ -48,8 +44,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(in_dim, dim)
+        self.linear_2 = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -60,11 +56,15 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim: int, inner_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * inner_dim)
+        self.proj = Linear(dim, 2 * inner_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        if not savings.on("geglu"):
+            value, gate = self.proj(x).chunk(2, dim=-1)
+            return value * F.gelu(gate)
+        if is_wrapped(self.proj) or x.dtype != self.proj.weight.dtype:
+            return geglu(self.proj(x))
+        return geglu_linear(x, self.proj.weight, self.proj.bias)
 
 
 class FeedForward(nn.Module):
@@ -72,7 +72,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Dropout(0.0), nn.Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Dropout(0.0), Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](self.net[0](x))
@@ -90,10 +90,13 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:  # x [B, H*W, C]
-        x = x + self.attn1(self.norm1(x), bias=cond.self_bias)
-        x = x + self.attn2(self.norm2(x), cond.text, bias=cond.text_bias)
-        return x + self.ff(self.norm3(x))
+    def forward(self, x: Tensor, y: Tensor | None, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        """x [B, H*W, C] and what the block before left to add to it; returns the same of this block."""
+        x, h = add_and_norm(x, y, self.norm1)
+        x, h = add_and_norm(x, self.attn1(h, bias=cond.self_bias), self.norm2)
+        y = self.attn2(h, cond.prompt.of(self.attn2), bias=cond.prompt.bias)
+        x, h = add_and_norm(x, y, self.norm3)
+        return x, self.ff(h)
 
 
 class Transformer(nn.Module):
@@ -102,16 +105,18 @@ class Transformer(nn.Module):
     def __init__(self, channels: int, shape: BlockShape) -> None:
         super().__init__()
         self.norm = GroupNorm(shape.num_groups, channels, TRANSFORMER_NORM_EPS)
-        self.proj_in = nn.Linear(channels, channels)
+        self.proj_in = Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, shape.heads, shape.text_dim) for _ in range(shape.depth)
         )
-        self.proj_out = nn.Linear(channels, channels)
+        self.proj_out = Linear(channels, channels)
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         tokens = self.proj_in(to_tokens(self.norm(x, activation=None)))  # [B, H*W, C]
+        left = None
         for block in self.transformer_blocks:
-            tokens = block(tokens, cond)
+            tokens, left = block(tokens, left, cond)
+        tokens = tokens if left is None else tokens + left
         return x + to_map(self.proj_out(tokens), *x.shape[-2:])
 
 
@@ -134,7 +139,7 @@ class DownBlock(nn.Module):
         """
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, cond.time)
+            x = resnet(x, cond.shifts[resnet])
             if self.attentions:
                 x = self.attentions[i](x, cond)
                 if residual is not None and i == len(self.resnets) - 1:
@@ -157,10 +162,11 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(shape.resnet(channels, channels) for _ in range(2))
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
-        x = self.resnets[0](x, cond.time)
+        first, second = self.resnets
+        x = first(x, cond.shifts[first])
         for attention in self.attentions:
             x = attention(x, cond)
-        return self.resnets[1](x, cond.time)
+        return second(x, cond.shifts[second])
 
 
 class UpBlock(nn.Module):
@@ -186,7 +192,7 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor], cond: Conditioning) -> Tensor:
         """Takes its maps off the end of `skips`, and upsamples to the size of the map that is last then."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, cond.time, skips.pop())
+            x = resnet(x, cond.shifts[resnet], skips.pop())
             if self.attentions:
                 x = self.attentions[i](x, cond)
         for upsampler in self.upsamplers:

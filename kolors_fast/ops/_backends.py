@@ -117,6 +117,11 @@ class use_backend:
         _forced = self._before
 
 
+def forced() -> str | None:
+    """The backend that every op has to take, if any."""
+    return _forced
+
+
 def declined(backend: str, columns: Mapping[str, Column], call: tuple[Any, ...]) -> str | None:
     """Why `backend` does not run this call, or None. `call[0]` is the tensor that names device and dtype."""
     x: Tensor = call[0]

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import savings
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.chatglm import ChatGLM
 from ..models.chatglm_tokenizer import ChatGLMTokenizer
 from ..models.checkpoint import Config
-from ..models.unet import KolorsUNet
+from ..models.unet import KolorsUNet, lora_scale
 from ..sampling.denoise import denoise
 from ..schedulers import Scheduler, StepTable
 from ..schedulers.table import draw_noise
@@ -244,8 +245,8 @@ class KolorsPipeline:
             max_sequence_length,
             repeats,
         )
-        if self.dtype != torch.float32 or set(names) - {"latents"}:
-            # half precision would round the key bias, and callbacks expect the full form
+        if set(names) - {"latents"} or not savings.on("pad_collapse"):
+            # callbacks expect the full form
             positive = positive.expanded(max_sequence_length)
             negative = None if negative is None else negative.expanded(max_sequence_length)
         sizes = (original_size or (height, width), crops_coords_top_left, target_size or (height, width))
@@ -257,7 +258,7 @@ class KolorsPipeline:
         sample = self.prepare_latents(
             len(positive), channels, height, width, self.dtype, self.device, generator, latents
         )
-        run = Run(self, cross_attention_kwargs, callback_on_step_end, names)
+        run = Run(self, table.timesteps, lora_scale(cross_attention_kwargs), callback_on_step_end, names)
         run.condition(positive, negative, time_ids, negative_time_ids)
         self._num_timesteps = stop
         with tqdm(total=stop, **self._progress) as run.progress:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import savings
+from ..models.unet import lora_scaled
+from ..models.unet_conditioning import Steps
 from .text import TextFeatures
 
 if TYPE_CHECKING:
@@ -16,23 +19,32 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """The three functions that `denoise` calls."""
+    """The three functions that `denoise` calls.
+
+    Args:
+        timesteps: of all rows of the step table.
+        lora_scale: strength of injected LoRA layers.
+        callback: called after every step with the tensors `names`.
+    """
 
     progress: tqdm[Any]
 
     def __init__(
         self,
         pipeline: KolorsPipeline,
-        attention_kwargs: dict[str, Any] | None,
+        timesteps: Tensor,
+        lora_scale: float,
         callback: Callable[..., dict[str, Any] | None] | None,
         names: tuple[str, ...],
     ) -> None:
         self.pipeline = pipeline
-        self.attention_kwargs = attention_kwargs
+        self.timesteps = timesteps.to(pipeline.device)
+        self.lora_scale = lora_scale
         self.callback = callback
         self.names = names
         self.tensors: dict[str, Tensor | None] = {}  # by diffusers' names, negative rows first
-        self.key_bias: dict[str, Tensor] = {}
+        self.key_bias: Tensor | None = None
+        self.steps: Steps | None = None
         self._weights: dict[float, Tensor] = {}
 
     def condition(
@@ -50,21 +62,23 @@ class Run:
             "negative_add_time_ids": negative_time_ids,
         }
         biases = [one.key_bias for one in both if one.key_bias is not None]
-        if biases:
-            self.key_bias = {"encoder_key_bias": torch.cat(biases)}
+        self.key_bias = torch.cat(biases) if biases else None
 
-    def predict(self, inputs: Tensor, timestep: Tensor) -> Tensor:
-        tensors = self.tensors
-        noise: Tensor = self.pipeline.unet(
-            inputs,
-            timestep,
-            encoder_hidden_states=tensors["prompt_embeds"],
-            cross_attention_kwargs=self.attention_kwargs,
-            added_cond_kwargs={"text_embeds": tensors["add_text_embeds"], "time_ids": tensors["add_time_ids"]},
-            return_dict=False,
-            **self.key_bias,
-        )[0]
-        return noise
+    def predict(self, inputs: Tensor, row: int) -> Tensor:
+        """The UNet's predictions. What prompts and timesteps come to is computed once, unless a callback changes it."""
+        unet, tensors = self.pipeline.unet, cast(dict[str, Tensor], self.tensors)
+        with lora_scaled(unet, self.lora_scale):
+            prompt = unet.read_prompt(
+                tensors["prompt_embeds"],
+                {"text_embeds": tensors["add_text_embeds"], "time_ids": tensors["add_time_ids"]},
+                inputs.dtype,
+                key_bias=self.key_bias,
+            )
+            if not savings.on("step_table"):
+                return unet.denoise(inputs, unet.plan_steps(self.timesteps[row : row + 1], prompt).at(0))
+            if self.steps is None or not unet.follows(self.steps, prompt):
+                self.steps = unet.plan_steps(self.timesteps, prompt)
+            return unet.denoise(inputs, self.steps.at(row))
 
     def weights(self, row: int) -> Tensor:
         """(1 - g, g), or (1) without guidance; asked at every step, for a callback may change g."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..schedulers import StepTable
 from ..schedulers.table import draw_noise
 
-# (inputs [P*B, ...], timestep of one element) -> predictions [P*B, ...]
-Model = Callable[[Tensor, Tensor], Tensor]
+# (inputs [P*B, ...], row of the table) -> predictions [P*B, ...]
+Model = Callable[[Tensor, int], Tensor]
 
 
 def _never() -> bool:
@@ -38,7 +38,7 @@ def denoise(
     guidance of scale g (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
 
     Args:
-        model: called as model(inputs [P*B, ...], timestep).
+        model: called as model(inputs [P*B, ...], row); the timestep is table.timesteps[row].
         table: of a scheduler whose first executed row is `start`, see `Scheduler.step_table(begin=start)`.
         sample: [B, ...], already of standard deviation `table.initial_scale` when starting at row 0.
         weights: float32 [P] on the sample's device, or a function of the row for guidance that changes on the way.
@@ -55,9 +55,8 @@ def denoise(
         if interrupted():
             break
         mix = weights(row) if callable(weights) else weights
-        timestep = table.timesteps[row]
         scaled = sample * table.input_scale[row]
-        predictions = model(torch.cat([scaled] * len(mix)), timestep)
+        predictions = model(torch.cat([scaled] * len(mix)), row)
         noise = None
         if table.needs_noise[row]:
             dtype = table.noise_dtype or sample.dtype
@@ -66,5 +65,5 @@ def denoise(
         if table.uses_previous:
             previous = denoised
         if callback is not None:
-            sample = callback(row, timestep, sample)
+            sample = callback(row, table.timesteps[row], sample)
     return sample

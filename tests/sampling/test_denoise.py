@@ -36,6 +36,11 @@ def model(inputs: Tensor, timestep: Tensor) -> Tensor:
     return (torch.tanh(parts) + contexts + float(timestep) / 2000).reshape(inputs.shape).to(inputs.dtype)
 
 
+def model_of(table: Any) -> Any:
+    """The model as the loop calls it, by rows."""
+    return lambda inputs, row: model(inputs, table.timesteps[row])
+
+
 def by_hand(scheduler: Any, sample: Tensor, weights: Tensor, begin: int = 0, **options: Any) -> list[Tensor]:
     scheduler.set_begin_index(begin)
     generator, samples = torch.Generator().manual_seed(1), []
@@ -62,7 +67,7 @@ def test_loop_matches_steps_by_hand(
     scheduler, sample = make(name, config)
     expected = by_hand(scheduler, sample, torch.tensor(weights), **options)[-1]
     table = make(name, config)[0].step_table(**options)
-    got = denoise(model, table, sample, torch.tensor(weights), generator=torch.Generator().manual_seed(1))
+    got = denoise(model_of(table), table, sample, torch.tensor(weights), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -71,7 +76,8 @@ def test_starting_and_stopping_on_the_way(name: str) -> None:
     weights = torch.tensor([-4.0, 5.0])
     scheduler, sample = make(name, {})
     expected = by_hand(scheduler, sample, weights, begin=3)
-    got = denoise(model, scheduler.step_table(begin=3), sample, weights, start=3, stop=6)
+    table = scheduler.step_table(begin=3)
+    got = denoise(model_of(table), table, sample, weights, start=3, stop=6)
     torch.testing.assert_close(got, expected[2], rtol=0, atol=1e-5 * float(expected[2].abs().max()))
 
 
@@ -83,9 +89,10 @@ def test_callback_replaces_the_sample_and_interruption_ends_the_run() -> None:
         seen.append((row, float(timestep)))
         return torch.full_like(sample, row)
 
+    table = scheduler.step_table()
     result = denoise(
-        model,
-        scheduler.step_table(),
+        model_of(table),
+        table,
         sample,
         torch.ones(1),
         callback=callback,
@@ -99,14 +106,16 @@ def test_guidance_may_change_on_the_way() -> None:
     scheduler, sample = make("EulerDiscreteScheduler", {})
     widths = []
 
-    def counting(inputs: Tensor, timestep: Tensor) -> Tensor:
+    table = scheduler.step_table()
+
+    def counting(inputs: Tensor, row: int) -> Tensor:
         widths.append(len(inputs))
-        return model(inputs, timestep)
+        return model(inputs, table.timesteps[row])
 
     def weights(row: int) -> Tensor:
         return torch.tensor([-4.0, 5.0]) if row < 2 else torch.ones(1)
 
-    denoise(counting, scheduler.step_table(), sample, weights)
+    denoise(counting, table, sample, weights)
     assert widths == [4, 4] + [2] * 5
 
 
@@ -126,5 +135,5 @@ def test_half_precision_draws_the_noise_of_the_scheduler() -> None:
     sample = sample.to(torch.bfloat16)
     expected = by_hand(scheduler, sample, torch.ones(1))[-1]
     table = scheduler.step_table()
-    got = denoise(model, table, sample, torch.ones(1), generator=torch.Generator().manual_seed(1))
+    got = denoise(model_of(table), table, sample, torch.ones(1), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(got, expected, rtol=0, atol=0.02 * float(expected.abs().max()))

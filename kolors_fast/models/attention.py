@@ -1,0 +1,171 @@
+"""Attention with its projections, whose weights are one product's where nothing trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import savings
+from ..ops._backends import forced
+from ..ops._library import tracing
+from ..ops._marks import Mark
+from ..ops._products import linear
+from ..ops.qk_norm_attention import qk_norm_attention
+from .layers import GroupNorm, Linear, is_wrapped
+
+FOLD_UP_TO = 1.0  # keys over head dim
+KeysValues = tuple[Tensor, Tensor]  # [B, K, heads, d] each
+
+
+class Folded(NamedTuple):
+    """Keys and values of a short sequence, multiplied with the projections of the queries and of the output."""
+
+    keys: Tensor  # [B, dim, heads * K]: to_q^T k^T / sqrt(d) of each head
+    values: Tensor  # [B, heads * K, dim]: v to_out^T of each head
+    bias: Tensor  # [B, 1, heads * K], added to the logits
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d) + bias) v over `heads` heads, with projections before and after."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        head_dim: int,
+        context_dim: int | None = None,
+        qkv_bias: bool = False,
+        group_norm: GroupNorm | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.group_norm = group_norm  # the caller's to apply; here for its place in the state dict
+        inner_dim = heads * head_dim
+        self.to_q = Linear(dim, inner_dim, bias=qkv_bias)
+        self.to_k = Linear(context_dim or dim, inner_dim, bias=qkv_bias)
+        self.to_v = Linear(context_dim or dim, inner_dim, bias=qkv_bias)
+        self.to_out = nn.ModuleList([Linear(inner_dim, dim), nn.Dropout(0.0)])
+        self._joined = Joined()
+
+    def forward(self, x: Tensor, context: KeysValues | Folded | None = None, bias: Tensor | None = None) -> Tensor:
+        """x [B, N, dim] attends to a context, or to itself; bias [B, K] is added to every query's logits."""
+        if isinstance(context, Folded):
+            logits = torch.baddbmm(context.bias, x, context.keys)  # [B, N, heads * K]
+            weights = logits.unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
+            return torch.baddbmm(self._out.bias, weights, context.values)
+        if context is None:
+            q, k, v = self._split_heads(self._joined.project(x, (self.to_q, self.to_k, self.to_v)))
+        else:
+            (q,), (k, v) = self._split_heads([self.to_q(x)]), context
+        if bias is not None and bias.shape[-1] != k.shape[1]:
+            raise ValueError(
+                f"attention mask or bias: expected one value for each of {k.shape[1]} keys, "
+                f"got shape {list(bias.shape)}"
+            )
+        h = qk_norm_attention(q, k, v, key_bias=bias)
+        return self._out(h.flatten(2))  # type: ignore[union-attr]  # one stream gives one tensor
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """What queries read of a sequence [B, K, context_dim]."""
+        k, v = self._split_heads(self._joined.project(context, (self.to_k, self.to_v)))
+        return k, v
+
+    def fold(self, keys_values: KeysValues, bias: Tensor | None) -> Folded:
+        """The sequence with to_q and to_out multiplied in, so that attending to it takes no projections.
+
+        q k^T = x (to_q^T k^T) and (p v) to_out^T = p (v to_out^T): the same products in another order, and fewer where
+        K < d. DeepSeek-V2 (arXiv 2405.04434) absorbs the projections of its latents alike.
+        """
+        k, v = keys_values  # [B, K, H, d]
+        to_q, to_out = (
+            torch.unflatten(self.to_q.weight, 0, (self.heads, -1)),
+            self.to_out[0].weight.unflatten(1, (self.heads, -1)),
+        )
+        keys = torch.einsum("hdc,bkhd->bchk", to_q, k * k.shape[-1] ** -0.5).flatten(2)
+        values = torch.einsum("bkhd,chd->bhkc", v, to_out).flatten(1, 2)
+        bias = keys.new_zeros(1, k.shape[1]) if bias is None else bias.to(keys.dtype)
+        return Folded(keys, values, bias.repeat(1, self.heads)[:, None])
+
+    def folds(self, keys: int) -> bool:
+        """Whether `fold` pays. In 16 bit it would round the logits, and on a GPU it has not been measured."""
+        to_q, out = self.to_q, self._out
+        if is_wrapped(to_q) or is_wrapped(out) or to_q.bias is not None or out.bias is None:
+            return False
+        few = self.heads * keys <= FOLD_UP_TO * to_q.weight.shape[0]
+        measured = to_q.weight.is_cpu and to_q.weight.dtype == out.weight.dtype == torch.float32
+        return few and measured and savings.on("prompt_fold") and forced() != "reference"
+
+    @property
+    def _out(self) -> Linear:
+        out: Linear = self.to_out[0]  # type: ignore[assignment]
+        return out
+
+    def _split_heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
+        return [one.unflatten(-1, (self.heads, -1)) for one in projected]  # [B, tokens, heads, d]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Attention:
+        self._joined = Joined()  # which would keep the storage alive that the weights are about to leave
+        return super()._apply(*args, **kwargs)
+
+
+class Joined:
+    """The weights of several layers as one, of which theirs are views, so that one product serves all."""
+
+    def __init__(self) -> None:
+        self.weight: Tensor | None = None
+        self.marks: list[Mark] = []
+
+    def project(self, x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
+        """Each layer's output for x."""
+        weights = [layer.weight for layer in layers] if _may_join(x, layers) else []
+        if not weights:
+            return [layer(x) for layer in layers]
+        if self.weight is None or not all(m.holds(w) for m, w in zip(self.marks, weights, strict=True)):
+            self.weight = _join(weights)
+            self.marks = [Mark(w) for w in weights]
+        return linear(x, self.weight).split([len(w) for w in weights], dim=-1)
+
+    def __deepcopy__(self, memo: Any) -> Joined:
+        return Joined()  # the copied weights lie apart
+
+    def __reduce__(self) -> tuple[type[Joined], tuple[()]]:
+        return Joined, ()
+
+
+def _may_join(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
+    """Only where nothing trains: weights that an optimizer or a gradient knows stay where they are."""
+    if torch.is_grad_enabled() or tracing(x) or not savings.on("fused_qkv"):
+        return False
+    return not any(
+        layer.training
+        or is_wrapped(layer)
+        or layer.bias is not None
+        or type(layer.weight.data) is not Tensor
+        or layer.weight.is_inference()
+        or layer.weight.dtype != layers[0].weight.dtype
+        for layer in layers
+    )
+
+
+def _join(weights: Sequence[Tensor]) -> Tensor:
+    """[sum of outputs, inputs]; the weights become views of it, where they are not yet."""
+    first, sizes = weights[0].detach(), [len(w) for w in weights]
+    if all(w.is_contiguous() and w.data_ptr() == a for w, a in zip(weights, _addresses(weights), strict=True)):
+        storage = first.untyped_storage().data_ptr()
+        if all(w.untyped_storage().data_ptr() == storage for w in weights):
+            return first.as_strided((sum(sizes), first.shape[1]), (first.shape[1], 1))
+    whole = torch.cat([w.detach() for w in weights])
+    for w, part in zip(weights, whole.split(sizes), strict=True):
+        w.data = part
+    return whole
+
+
+def _addresses(weights: Sequence[Tensor]) -> list[int]:
+    """Where the weights begin if each follows the one before."""
+    ends = accumulate([w.nbytes for w in weights], initial=weights[0].data_ptr())
+    return list(ends)[:-1]

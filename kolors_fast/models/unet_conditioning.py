@@ -1,0 +1,205 @@
+"""What Kolors' UNet reads beside the feature map, computed as rarely as it changes.
+
+Of a prompt: the projected text, its keys and values in every cross-attention, and the embedding of pooled text and
+sizes. Of a step: what every residual block makes of the time embedding. Both are kept only while everything they
+were computed from is the same object and unchanged (`ops._marks`), LoRA layers included, and never where gradients
+are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import savings
+from ..ops._backends import forced
+from ..ops._library import tracing
+from ..ops._marks import Mark
+from .attention import Attention, Folded, KeysValues
+from .layers import is_wrapped
+
+# what PEFT's layers hold beside parameters, and change without touching any
+_PEFT_STATE = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+
+
+class Prompt:
+    """What the UNet reads of its prompts at every step."""
+
+    def __init__(self, text: Tensor, bias: Tensor | None, added: Tensor, keeps: bool) -> None:
+        self.text = text  # [B, S, cross_attention_dim]
+        self.bias = bias  # [B, S], added to the logits of cross-attention
+        self.added = added  # [B, time_dim], of pooled text and sizes
+        self._kept: dict[Attention, KeysValues | Folded] | None = {} if keeps else None
+
+    def of(self, attention: Attention) -> KeysValues | Folded:
+        """What one cross-attention reads; kept from the first time on."""
+        if self._kept is None:
+            return attention.keys_values(self.text)
+        if attention not in self._kept:
+            found = attention.keys_values(self.text)
+            folds = attention.folds(self.text.shape[1])
+            self._kept[attention] = attention.fold(found, self.bias) if folds else found
+        return self._kept[attention]
+
+
+class Conditioning(NamedTuple):
+    """What every block reads beside the feature map."""
+
+    prompt: Prompt
+    shifts: Mapping[nn.Module, Tensor]  # [B, Cout] each, of the time embedding
+    self_bias: Tensor | None = None  # [B, H*W], added to the logits of self-attention
+
+
+class State:
+    """Tensors, layers and switches that a result depends on, as they were."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor | None],
+        layers: Iterable[nn.Module],
+        *numbers: Any,
+        on_death: Callable[[Any], None] | None = None,
+    ) -> None:
+        found = _inputs(tensors, layers)
+        self.marks: list[Mark | None] | None = None  # None: the result cannot be kept
+        if found is None or torch.is_grad_enabled() or tracing(*tensors):
+            return
+        if not any(t is not None and t.is_inference() for t in found[0]):
+            self.marks = [None if t is None else Mark(t, on_death) for t in found[0]]
+            self.others = (found[1], numbers, _switches())
+
+    def holds(self, tensors: Sequence[Tensor | None], layers: Iterable[nn.Module], *numbers: Any) -> bool:
+        """Whether all of them are the same and unchanged."""
+        if self.marks is None or torch.is_grad_enabled() or tracing(*tensors):
+            return False
+        found = _inputs(tensors, layers)
+        if found is None or (found[1], numbers, _switches()) != self.others or len(found[0]) != len(self.marks):
+            return False
+        return all(
+            t is None if mark is None else t is not None and mark.holds(t)
+            for mark, t in zip(self.marks, found[0], strict=True)
+        )
+
+
+def _switches() -> tuple[Any, ...]:
+    return savings.switched_off(), forced(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+def _inputs(
+    tensors: Sequence[Tensor | None], layers: Iterable[nn.Module]
+) -> tuple[list[Tensor | None], list[Any]] | None:
+    """All tensors and other values that the layers' results depend on; None where an unknown wrapper hides them."""
+    found, others = list(tensors), []
+    for layer in layers:
+        if not is_wrapped(layer):
+            found += layer._parameters.values()
+            continue
+        if not all(hasattr(layer, name) for name in _PEFT_STATE):
+            return None
+        found += layer.parameters()
+        others.append([repr(getattr(layer, name)) for name in _PEFT_STATE])
+    return found, others
+
+
+class Steps:
+    """The shifts of all steps of a run."""
+
+    def __init__(self, prompt: Prompt, shifts: Mapping[nn.Module, Tensor], timesteps: Tensor, state: State) -> None:
+        self.prompt, self.shifts = prompt, shifts  # [T, B, Cout] each
+        self.timesteps, self.state = timesteps, state
+
+    def at(self, step: int) -> Conditioning:
+        return Conditioning(self.prompt, {block: shifts[step] for block, shifts in self.shifts.items()})
+
+
+class PromptCache:
+    """The prompts seen last, so that each is read once; several, for some callers give each guidance term a call."""
+
+    SIZE = 4
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[State, Prompt]] = []
+
+    def get(
+        self,
+        tensors: Sequence[Tensor | None],
+        layers: Sequence[nn.Module],
+        numbers: tuple[Any, ...],
+        read: Callable[[bool], Prompt],
+    ) -> Prompt:
+        """The prompt read from these inputs, from `read(whether it will be kept)` where it is not known."""
+        if not savings.on("prompt_cache"):
+            return read(False)
+        for state, prompt in self._entries:
+            if state.holds(tensors, layers, *numbers):
+                return prompt
+        state = State(tensors, layers, *numbers, on_death=lambda _: self._drop_dead())
+        prompt = read(state.marks is not None)
+        if state.marks is not None:
+            self._entries = [*self._entries, (state, prompt)][-self.SIZE :]
+        return prompt
+
+    def _drop_dead(self) -> None:
+        """What can no longer be asked for, as soon as it cannot: keys and values take much memory."""
+        self._entries = [
+            (state, prompt)
+            for state, prompt in self._entries
+            if all(mark is None or mark.of() is not None for mark in state.marks or [])
+        ]
+
+    def forget(self) -> None:
+        self._entries.clear()
+
+    def __deepcopy__(self, memo: Any) -> PromptCache:
+        return PromptCache()
+
+    def __reduce__(self) -> tuple[type[PromptCache], tuple[()]]:
+        return PromptCache, ()
+
+
+# ---- pads
+
+
+def collapse_pads(text: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The equal states that a prompt begins with as one, and the bias that makes it count as many.
+
+    A key that occurs m times in a softmax is one key whose logit is raised by ln(m).
+
+    Args:
+        text: [B, S, D], padded on the left. Asks the device how many states are equal, which waits for it.
+
+    Returns:
+        [B, K, D] with K <= S: the pad, then the other states, then zeros; and fp32 [B, K]: ln(m), then 0, then -inf for
+        the zeros. None where no prompt gets shorter.
+    """
+    samples, length, _ = text.shape
+    if length < 3:
+        return None
+    equal = (text[:, 1:] == text[:, :1]).all(-1)  # [B, S - 1]
+    pads = 1 + equal.long().cumprod(1).sum(1)  # m, [B]
+    fewest = int(pads.min())
+    if fewest < 2:
+        return None
+    kept = length - fewest + 1
+    column = torch.arange(kept, device=text.device).expand(samples, -1)  # 0 the pad, 1.. the others
+    source = pads[:, None] - 1 + column
+    past = source >= length
+    short = text.gather(1, source.clamp(max=length - 1)[..., None].expand(-1, -1, text.shape[-1]))
+    bias = torch.zeros(samples, kept, device=text.device).masked_fill(past, float("-inf"))
+    bias[:, 0] = pads.float().log()
+    return short.masked_fill(past[..., None], 0.0), bias
+
+
+def balanced(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias with the same softmax that loses little in `dtype`, where only the first key's is neither 0 nor infinite.
+
+    bfloat16 would round ln(240) by up to 0.02. A softmax ignores what all logits share: the other keys get minus the
+    rounded value, which is exact, and the first one gets the small remainder.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return bias
+    first = bias[:, :1]
+    return bias - first.to(dtype).float().masked_fill(first.isinf(), 0.0)
