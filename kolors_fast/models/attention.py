@@ -82,10 +82,8 @@ class Attention(nn.Module):
         K < d. DeepSeek-V2 (arXiv 2405.04434) absorbs the projections of its latents alike.
         """
         k, v = keys_values  # [B, K, H, d]
-        to_q, to_out = (
-            torch.unflatten(self.to_q.weight, 0, (self.heads, -1)),
-            self.to_out[0].weight.unflatten(1, (self.heads, -1)),
-        )
+        to_q = torch.unflatten(self.to_q.weight, 0, (self.heads, -1))  # [H, d, dim]
+        to_out = torch.unflatten(self._out.weight, 1, (self.heads, -1))  # [dim, H, d]
         keys = torch.einsum("hdc,bkhd->bchk", to_q, k * k.shape[-1] ** -0.5).flatten(2)
         values = torch.einsum("bkhd,chd->bhkc", v, to_out).flatten(1, 2)
         bias = keys.new_zeros(1, k.shape[1]) if bias is None else bias.to(keys.dtype)
