@@ -23,7 +23,11 @@ from ..ops.residual_layer_norm import residual_layer_norm
 def use_channels_last(model: nn.Module) -> None:
     """Store convolution weights as NHWC, now and after each load: they meet channels_last maps only."""
     store_convolutions(model)
-    model.register_load_state_dict_post_hook(lambda module, _: store_convolutions(module))
+    model.register_load_state_dict_post_hook(_store_after_load)
+
+
+def _store_after_load(model: nn.Module, _keys: object) -> None:
+    store_convolutions(model)
 
 
 def store_convolutions(model: nn.Module, layout: torch.memory_format = torch.channels_last) -> None:

@@ -283,7 +283,8 @@ class KolorsUNet(PretrainedModel):
             ):
                 states, bias = collapse_pads(states) or (states, None)
             bias = None if bias is None else balanced(bias.float(), dtype)
-            return Prompt(self.encoder_hid_proj(states), bias, self.embed_added(pooled, time_ids, dtype), keeps)
+            added = self.embed_added(pooled, time_ids, dtype)
+            return Prompt(self.encoder_hid_proj(states), bias, added, self._cross_attentions() if keeps else ())
 
         return self._prompts.get(
             (encoder_hidden_states, mask, key_bias, pooled, time_ids), self._text_layers(), (dtype,), read

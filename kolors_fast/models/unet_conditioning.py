@@ -26,23 +26,27 @@ _PEFT_STATE = ("scaling", "active_adapters", "disable_adapters", "merged_adapter
 
 
 class Prompt:
-    """What the UNet reads of its prompts at every step."""
+    """What the UNet reads of its prompts at every step.
 
-    def __init__(self, text: Tensor, bias: Tensor | None, added: Tensor, keeps: bool) -> None:
-        self.text = text  # [B, S, cross_attention_dim]
-        self.bias = bias  # [B, S], added to the logits of cross-attention
-        self.added = added  # [B, time_dim], of pooled text and sizes
-        self._kept: dict[Attention, KeysValues | Folded] | None = {} if keeps else None
+    Args:
+        text: [B, S, cross_attention_dim].
+        bias: [B, S], added to the logits of cross-attention.
+        added: [B, time_dim], of pooled text and sizes.
+        readers: the cross-attentions for which keys and values are computed now, not at every step.
+    """
+
+    def __init__(self, text: Tensor, bias: Tensor | None, added: Tensor, readers: Iterable[Attention]) -> None:
+        self.text, self.bias, self.added = text, bias, added
+        self._kept = {attention: self._read(attention) for attention in readers}
 
     def of(self, attention: Attention) -> KeysValues | Folded:
-        """What one cross-attention reads; kept from the first time on."""
-        if self._kept is None:
-            return attention.keys_values(self.text)
-        if attention not in self._kept:
-            found = attention.keys_values(self.text)
-            folds = attention.folds(self.text.shape[1])
-            self._kept[attention] = attention.fold(found, self.bias) if folds else found
-        return self._kept[attention]
+        """What one cross-attention reads."""
+        kept = self._kept.get(attention)
+        return attention.keys_values(self.text) if kept is None else kept
+
+    def _read(self, attention: Attention) -> KeysValues | Folded:
+        found = attention.keys_values(self.text)
+        return attention.fold(found, self.bias) if attention.folds(self.text.shape[1]) else found
 
 
 class Conditioning(NamedTuple):
@@ -136,8 +140,9 @@ class PromptCache:
         for state, prompt in self._entries:
             if state.holds(tensors, layers, *numbers):
                 return prompt
+        prompt = read(State(tensors, layers, *numbers).marks is not None)
+        # only now: reading may have joined weights, which moves them
         state = State(tensors, layers, *numbers, on_death=lambda _: self._drop_dead())
-        prompt = read(state.marks is not None)
         if state.marks is not None:
             self._entries = [*self._entries, (state, prompt)][-self.SIZE :]
         return prompt

@@ -1,0 +1,104 @@
+"""Measure which library multiplies fastest on this CPU, for kolors_fast/ops/products.json:
+
+    python bench/measure_products.py
+
+Rows of other machines in the file stay; those of this one are replaced. Weights take turns, as many as do not fit a
+cache, for a model comes back to a weight only after all others; the providers take turns too, round by round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kolors_fast.ops import _products
+
+TABLE = Path(_products.__file__).parent / "products.json"
+LINEAR = [*product((2, 32, 128, 512, 2048), [(64, 64), (128, 128), (256, 256), (256, 1024), (1024, 256), (1280, 1280)])]
+CONV2D = [(side, c, o) for side in (8, 16, 32, 64) for c, o in [(32, 32), (64, 64), (128, 128), (256, 256), (512, 256)]]
+CACHE, ROUNDS, LONGEST = 48 << 20, 7, 2e9  # bytes; rounds; products of a call
+
+for parameter, value in ((-4, 0), (-1, -1)):  # as in bench/conftest.py: freed memory stays with the process
+    getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(parameter, value)
+
+
+def linear(rows: int, depth: int, width: int) -> dict[str, Callable[[], Any]]:
+    weights = [torch.randn(width, depth) for _ in range(_copies(4 * depth * width))]
+    x, bias = torch.randn(rows, depth), torch.randn(width)
+    onednn = torch.ops.mkldnn._linear_pointwise
+    return {
+        "torch": lambda: [F.linear(x, w, bias) for w in weights],
+        "onednn": lambda: [onednn(x, w, bias, "none", [], "") for w in weights],
+    }
+
+
+def conv2d(side: int, channels: int, out: int) -> dict[str, Callable[[], Any]]:
+    def last(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    weights = [last(torch.randn(out, channels, 3, 3)) for _ in range(_copies(36 * channels * out))]
+    x, bias, places = last(torch.randn(2, channels, side, side)), torch.randn(out), ([1, 1], [1, 1], [1, 1], 1)
+    packed = [torch.ops.mkldnn._reorder_convolution_weight(w, *places, [*x.shape]) for w in weights]
+    onednn = torch.ops.mkldnn._convolution_pointwise
+    return {
+        "torch": lambda: [F.conv2d(x, w, bias, 1, 1) for w in weights],
+        "packed": lambda: [onednn(x, w, bias, *places, "none", [], "") for w in packed],
+    }
+
+
+def _copies(size: int) -> int:
+    return min(200, max(2, CACHE // size))
+
+
+def microseconds(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Of one product, the median over rounds."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(1 + ROUNDS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            count = len(call())
+            times[name].append((time.perf_counter() - start) / count * 1e6)
+    return {name: round(statistics.median(found[1:]), 1) for name, found in times.items()}
+
+
+def main() -> None:
+    rows = []
+    with torch.no_grad():
+        for count, (depth, width) in LINEAR:
+            if 2 * count * depth * width <= LONGEST:
+                rows.append(("linear", (count, depth, width), microseconds(linear(count, depth, width))))
+                print(*rows[-1], flush=True)
+        for side, channels, out in CONV2D:
+            shape = (2 * side * side, 9 * channels, out)
+            if 2 * math.prod(shape) <= LONGEST:
+                rows.append(("conv2d", shape, microseconds(conv2d(side, channels, out))))
+                print(*rows[-1], flush=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    table[_products.this_machine()] = {
+        "command": "python bench/measure_products.py",
+        "commit": commit,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rows": [{"kind": kind, "shape": shape, "microseconds": times} for kind, shape, times in rows],
+    }
+    text = json.dumps(table, indent=1)
+    for row in table[_products.this_machine()]["rows"]:  # one line each
+        text = text.replace(json.dumps(row, indent=1).replace("\n", "\n   "), json.dumps(row))
+    TABLE.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
