@@ -1,0 +1,141 @@
+"""The choice among libraries that multiply, and weights kept in another order."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kolors_fast
+from kolors_fast.ops import _products, use_backend
+from kolors_fast.ops._marks import Derived, Mark
+
+MACHINE = "AuthenticAMD avx512bf16"
+
+
+def test_the_nearest_measured_shape_decides() -> None:
+    table = _products.measured(MACHINE)
+    assert {kind for kind in table} == {"linear", "conv2d"}
+    for kind, rows in table.items():
+        for shape, fastest in rows.items():
+            assert _products.choose(kind, *shape, machine=MACHINE) == fastest
+    assert _products.choose("linear", 3, 70, 60, machine=MACHINE) == "torch"  # 2x64x64: calling oneDNN costs more
+    assert _products.choose("linear", 150, 250, 2048, machine=MACHINE) == "onednn"
+    assert _products.choose("conv2d", 128, 2304, 256, machine=MACHINE) == "packed"
+
+
+def test_an_unmeasured_machine_gets_torchs_choice() -> None:
+    assert _products.choose("linear", 128, 256, 256, machine="GenuineIntel avx2") == "torch"
+    assert _products.choose("matmul", 128, 256, 256, machine=MACHINE) == "torch"
+
+
+def test_the_table_says_where_it_is_from() -> None:
+    for machine in json.loads((Path(_products.__file__).parent / "products.json").read_text()).values():
+        assert {"command", "commit", "torch", "threads", "rows"} <= set(machine)
+        assert "dirty" not in machine["commit"]
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_products, "choose", lambda kind, *_: {"linear": "onednn", "conv2d": "packed"}[kind])
+
+
+def convolution() -> tuple[Any, Any, Any]:
+    torch.manual_seed(0)
+    last = {"memory_format": torch.channels_last}
+    return torch.randn(2, 5, 9, 7).contiguous(**last), torch.randn(6, 5, 3, 3).contiguous(**last), torch.randn(6)
+
+
+@pytest.mark.usefixtures("onednn")
+@torch.no_grad()
+def test_products_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    x, w, b = torch.randn(3, 7, 33), torch.randn(12, 33), torch.randn(12)
+    for bias in (b, None):
+        truth = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+        error = (F.linear(x, w, bias) - truth).abs().max()
+        assert (_products.linear(x, w, bias) - truth).abs().max() <= 2 * error + 1e-6
+        strided = x.transpose(0, 1)
+        assert torch.allclose(_products.linear(strided, w, bias), F.linear(strided, w, bias), rtol=1e-5, atol=1e-5)
+    x, w, b = convolution()
+    for stride, padding in (((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 1), (0, 0)), ((2, 2), (0, 0))):
+        for bias in (b, None):
+            got = _products.conv2d(x, w, bias, stride=stride, padding=padding)
+            truth = F.conv2d(x.double(), w.double(), None if bias is None else bias.double(), stride, padding)
+            assert (got - truth).abs().max() < 2e-5
+            assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("onednn")
+@torch.no_grad()
+def test_packed_weights_follow_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Derived(limit=6 * 5 * 9 * 4)
+    monkeypatch.setattr(_products, "_packed", store)
+    x, w, _ = convolution()
+
+    def same() -> bool:
+        return torch.allclose(_products.conv2d(x, w, padding=(1, 1)), F.conv2d(x, w, padding=1), rtol=1e-5, atol=1e-5)
+
+    assert same()
+    assert store.bytes == w.nbytes
+    w.mul_(2)
+    assert same()
+    w.data.mul_(2)
+    assert same()
+    w.data = w.data.clone(memory_format=torch.preserve_format) * 3
+    assert same()
+    assert store.bytes == w.nbytes
+    other = w.clone(memory_format=torch.preserve_format)  # no room for a second one: read in place
+    assert torch.allclose(_products.conv2d(x, other, padding=(1, 1)), F.conv2d(x, other, padding=1), atol=1e-5)
+    assert store.bytes == w.nbytes
+    del w
+    gc.collect()
+    assert store.bytes == 0
+
+
+@pytest.mark.usefixtures("onednn")
+def test_where_torch_alone_multiplies() -> None:
+    x, w = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True)
+    _products.linear(x, w).sum().backward()  # with gradients
+    assert w.grad is not None
+    with torch.no_grad():
+        for other in (torch.bfloat16, torch.float64):
+            assert _products.linear(x.to(other), w.to(other)).dtype == other
+        with use_backend("reference"):
+            assert torch.equal(_products.linear(x, w), F.linear(x, w))
+        with kolors_fast.without("products"):
+            assert torch.equal(_products.linear(x, w), F.linear(x, w))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _products.linear(x, w).dtype == torch.bfloat16
+        assert _products.linear(x[:0], w).shape == (0, 6)
+        assert _products.linear(x[0], w).shape == (6,)
+        xc, wc, bc = convolution()
+        assert torch.equal(_products.conv2d(xc, wc, bc, padding="same"), F.conv2d(xc, wc, bc, padding="same"))
+        assert torch.equal(_products.conv2d(xc.contiguous(), wc, bc), F.conv2d(xc.contiguous(), wc, bc))
+        assert _products.conv2d(xc[:0], wc, bc).shape == (0, 6, 7, 5)
+    compiled = torch.compile(_products.linear, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x, w), F.linear(x, w))
+    with torch.inference_mode():
+        xc, wc, bc = convolution()  # whose edits are not counted
+        first = _products.conv2d(xc, wc, bc)
+        assert torch.allclose(_products.conv2d(xc, wc.mul_(2), None) + bc[:, None, None], 2 * first - bc[:, None, None])
+
+
+def test_a_mark_holds_until_an_edit() -> None:
+    x = torch.zeros(1000)
+    mark = Mark(x)
+    assert mark.holds(x)
+    assert not mark.holds(x.clone())
+    assert not mark.holds(x.view(1000))
+    x.data.add_(1)
+    assert not mark.holds(x)
+    strided = torch.zeros(8, 8)[:, ::2]
+    assert Mark(strided).holds(strided)
+    mark = Mark(x)
+    del x
+    assert mark.of() is None  # it keeps nothing alive
