@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -27,6 +27,9 @@ class Folded(NamedTuple):
     keys: Tensor  # [B, dim, heads * K]: to_q^T k^T / sqrt(d) of each head
     values: Tensor  # [B, heads * K, dim]: v to_out^T of each head
     bias: Tensor  # [B, 1, heads * K], added to the logits
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Folded:
+        return Folded(*(function(tensor) for tensor in self))
 
 
 class Attention(nn.Module):
@@ -67,6 +70,7 @@ class Attention(nn.Module):
                 f"attention mask or bias: expected one value for each of {k.shape[1]} keys, "
                 f"got shape {list(bias.shape)}"
             )
+        bias = None if bias is None else bias.to(torch.promote_types(q.dtype, torch.float32))
         h = qk_norm_attention(q, k, v, key_bias=bias)
         return self._out(h.flatten(2))  # type: ignore[union-attr]  # one stream gives one tensor
 

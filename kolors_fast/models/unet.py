@@ -30,7 +30,7 @@ from .layers import (
     use_channels_last,
 )
 from .unet_blocks import BlockShape, DownBlock, MidBlock, TimestepEmbedding, UpBlock
-from .unet_conditioning import Conditioning, Prompt, PromptCache, State, Steps, balanced, collapse_pads
+from .unet_conditioning import Conditioning, Prompt, PromptCache, State, Steps, balanced, collapse_pads, filled_up
 
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -261,10 +261,12 @@ class KolorsUNet(PretrainedModel):
         *,
         mask: Tensor | None = None,
         key_bias: Tensor | None = None,
+        keys_multiple: int = 1,
     ) -> Prompt:
         """What the model reads of its prompts at every step; known prompts are not read again.
 
-        Arguments as those of `forward`; dtype is the sample's. An argument or weight that was edited is seen, unless it
+        Arguments as those of `forward`; dtype is the sample's. Keys that do not count make their number a multiple of
+        `keys_multiple`, where there are pads or a bias. An argument or weight that was edited is seen, unless it
         was edited through `.data` on a GPU, which PyTorch does not record: call `forget_prompts` after that.
         """
         for key in ("text_embeds", "time_ids"):
@@ -282,12 +284,13 @@ class KolorsUNet(PretrainedModel):
                 and not torch.is_grad_enabled()
             ):
                 states, bias = collapse_pads(states) or (states, None)
-            bias = None if bias is None else balanced(bias.float(), dtype)
+            if bias is not None:
+                states, bias = filled_up(states, balanced(bias, dtype), keys_multiple)
             added = self.embed_added(pooled, time_ids, dtype)
             return Prompt(self.encoder_hid_proj(states), bias, added, self._cross_attentions() if keeps else ())
 
         return self._prompts.get(
-            (encoder_hidden_states, mask, key_bias, pooled, time_ids), self._text_layers(), (dtype,), read
+            (encoder_hidden_states, mask, key_bias, pooled, time_ids), self._text_layers(), (dtype, keys_multiple), read
         )
 
     def forget_prompts(self) -> None:

@@ -9,9 +9,11 @@ are wanted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import savings
@@ -43,6 +45,23 @@ class Prompt:
         """What one cross-attention reads."""
         kept = self._kept.get(attention)
         return attention.keys_values(self.text) if kept is None else kept
+
+    def tensors(self) -> list[Tensor | None]:
+        """Everything that a step reads."""
+        kept = [tensor for read in self._kept.values() for tensor in read]
+        return [self.text, self.bias, *kept]
+
+    def clone(self) -> Prompt:
+        """A copy in memory of its own."""
+        copied = copy(self)
+        copied.text, copied.bias = self.text.clone(), None if self.bias is None else self.bias.clone()
+        copied._kept = {
+            attention: Folded(*(t.clone() for t in read))
+            if isinstance(read, Folded)
+            else (read[0].clone(), read[1].clone())
+            for attention, read in self._kept.items()
+        }
+        return copied
 
     def _read(self, attention: Attention) -> KeysValues | Folded:
         found = attention.keys_values(self.text)
@@ -109,14 +128,46 @@ def _inputs(
 
 
 class Steps:
-    """The shifts of all steps of a run."""
+    """The conditioning of all steps of a run.
+
+    Args:
+        shifts: of every residual block, [T, B, Cout].
+        timesteps: [T].
+        state: of what the shifts were computed from.
+    """
 
     def __init__(self, prompt: Prompt, shifts: Mapping[nn.Module, Tensor], timesteps: Tensor, state: State) -> None:
-        self.prompt, self.shifts = prompt, shifts  # [T, B, Cout] each
-        self.timesteps, self.state = timesteps, state
+        self.prompt, self.timesteps, self.state = prompt, timesteps, state
+        self._blocks = {block: one.shape[1:] for block, one in shifts.items()}
+        # in one tensor, so that a row is one look-up
+        self._shifts = torch.cat([one.flatten(1) for one in shifts.values()], dim=1)  # [T, sum of B * Cout]
 
-    def at(self, step: int) -> Conditioning:
-        return Conditioning(self.prompt, {block: shifts[step] for block, shifts in self.shifts.items()})
+    def at(self, row: int | Tensor) -> Conditioning:
+        """Of one step; a row int64 [1] on the device is not read by the host."""
+        flat = self._shifts[row] if isinstance(row, int) else self._shifts.index_select(0, row)[0]
+        parts = flat.split([shape.numel() for shape in self._blocks.values()])
+        shifts = {block: part.view(shape) for (block, shape), part in zip(self._blocks.items(), parts, strict=True)}
+        return Conditioning(self.prompt, shifts)
+
+    def signature(self) -> Any:
+        """All that decides whether `load` fits."""
+        blocks = tuple((id(block), shape) for block, shape in self._blocks.items())
+        return blocks, tuple(None if t is None else (t.shape, t.dtype) for t in self._tensors())
+
+    def fixed(self) -> Steps:
+        """A copy in memory of its own."""
+        copied = copy(self)
+        copied.prompt, copied._shifts = self.prompt.clone(), self._shifts.clone()
+        return copied
+
+    def load(self, other: Steps) -> None:
+        """Take over the values of steps with the same signature."""
+        for own, given in zip(self._tensors(), other._tensors(), strict=True):
+            if own is not None and given is not None:
+                own.copy_(given)
+
+    def _tensors(self) -> list[Tensor | None]:
+        return [self._shifts, *self.prompt.tensors()]
 
 
 class PromptCache:
@@ -177,8 +228,8 @@ def collapse_pads(text: Tensor) -> tuple[Tensor, Tensor] | None:
         text: [B, S, D], padded on the left. Asks the device how many states are equal, which waits for it.
 
     Returns:
-        [B, K, D] with K <= S: the pad, then the other states, then zeros; and fp32 [B, K]: ln(m), then 0, then -inf for
-        the zeros. None where no prompt gets shorter.
+        [B, K, D] with K <= S: the pad, then the other states, then zeros; and [B, K] in at least fp32: ln(m), then 0, then
+        -inf for the zeros. None where no prompt gets shorter.
     """
     samples, length, _ = text.shape
     if length < 3:
@@ -188,13 +239,13 @@ def collapse_pads(text: Tensor) -> tuple[Tensor, Tensor] | None:
     fewest = int(pads.min())
     if fewest < 2:
         return None
-    kept = length - fewest + 1
+    kept, wide = length - fewest + 1, torch.promote_types(text.dtype, torch.float32)
     column = torch.arange(kept, device=text.device).expand(samples, -1)  # 0 the pad, 1.. the others
     source = pads[:, None] - 1 + column
     past = source >= length
     short = text.gather(1, source.clamp(max=length - 1)[..., None].expand(-1, -1, text.shape[-1]))
-    bias = torch.zeros(samples, kept, device=text.device).masked_fill(past, float("-inf"))
-    bias[:, 0] = pads.float().log()
+    bias = torch.zeros(samples, kept, dtype=wide, device=text.device).masked_fill(past, float("-inf"))
+    bias[:, 0] = pads.to(wide).log()
     return short.masked_fill(past[..., None], 0.0), bias
 
 
@@ -208,3 +259,9 @@ def balanced(bias: Tensor, dtype: torch.dtype) -> Tensor:
         return bias
     first = bias[:, :1]
     return bias - first.to(dtype).float().masked_fill(first.isinf(), 0.0)
+
+
+def filled_up(text: Tensor, bias: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """text [B, K, D] and bias [B, K] with keys that do not count, up to a multiple."""
+    missing = -text.shape[1] % multiple
+    return F.pad(text, (0, 0, 0, missing)), F.pad(bias, (0, missing), value=float("-inf"))

@@ -11,11 +11,17 @@ from tqdm import tqdm
 
 from .. import savings
 from ..models.unet import lora_scaled
-from ..models.unet_conditioning import Steps
+from ..models.unet_conditioning import Prompt, Steps
+from ..sampling.denoise import Step
+from ..sampling.graphs import StepGraphs
+from ..schedulers import StepTable
 from .text import TextFeatures
 
 if TYPE_CHECKING:
     from .kolors import KolorsPipeline
+
+# prompts of up to 16 tokens more or less share a captured graph; keys that do not count fill up
+KEYS_IN_GRAPH = 16
 
 
 class Run:
@@ -65,20 +71,43 @@ class Run:
         self.key_bias = torch.cat(biases) if biases else None
 
     def predict(self, inputs: Tensor, row: int) -> Tensor:
-        """The UNet's predictions. What prompts and timesteps come to is computed once, unless a callback changes it."""
-        unet, tensors = self.pipeline.unet, cast(dict[str, Tensor], self.tensors)
+        """The UNet's predictions at a row of the step table."""
+        unet = self.pipeline.unet
         with lora_scaled(unet, self.lora_scale):
-            prompt = unet.read_prompt(
-                tensors["prompt_embeds"],
-                {"text_embeds": tensors["add_text_embeds"], "time_ids": tensors["add_time_ids"]},
-                inputs.dtype,
-                key_bias=self.key_bias,
-            )
-            if not savings.on("step_table"):
-                return unet.denoise(inputs, unet.plan_steps(self.timesteps[row : row + 1], prompt).at(0))
-            if self.steps is None or not unet.follows(self.steps, prompt):
-                self.steps = unet.plan_steps(self.timesteps, prompt)
-            return unet.denoise(inputs, self.steps.at(row))
+            if savings.on("step_table"):
+                return unet.denoise(inputs, self.plan(inputs.dtype).at(row))
+            steps = unet.plan_steps(self.timesteps[row : row + 1], self._prompt(inputs.dtype))
+            return unet.denoise(inputs, steps.at(0))
+
+    def step_by(self, graphs: StepGraphs, table: StepTable) -> Step:
+        """The same, and the sampler's step, as a captured graph."""
+        unet = self.pipeline.unet
+
+        def step(
+            row: int, sample: Tensor, weights: Tensor, previous: Tensor | None, noise: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            with lora_scaled(unet, self.lora_scale):
+                plan = self.plan(sample.dtype, KEYS_IN_GRAPH)
+                return graphs.step(unet.denoise, plan, table, row, sample, weights, previous, noise)
+
+        return step
+
+    def plan(self, dtype: torch.dtype, keys_multiple: int = 1) -> Steps:
+        """What prompts and timesteps come to: computed once, and again where a callback has changed something."""
+        unet, prompt = self.pipeline.unet, self._prompt(dtype, keys_multiple)
+        if self.steps is None or not unet.follows(self.steps, prompt):
+            self.steps = unet.plan_steps(self.timesteps, prompt)
+        return self.steps
+
+    def _prompt(self, dtype: torch.dtype, keys_multiple: int = 1) -> Prompt:
+        tensors = cast(dict[str, Tensor], self.tensors)
+        return self.pipeline.unet.read_prompt(
+            tensors["prompt_embeds"],
+            {"text_embeds": tensors["add_text_embeds"], "time_ids": tensors["add_time_ids"]},
+            dtype,
+            key_bias=self.key_bias,
+            keys_multiple=keys_multiple,
+        )
 
     def weights(self, row: int) -> Tensor:
         """(1 - g, g), or (1) without guidance; asked at every step, for a callback may change g."""

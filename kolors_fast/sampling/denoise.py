@@ -12,6 +12,8 @@ from ..schedulers.table import draw_noise
 
 # (inputs [P*B, ...], row of the table) -> predictions [P*B, ...]
 Model = Callable[[Tensor, int], Tensor]
+# (row, sample, weights, previous, noise) -> (next, denoised), which the next call may overwrite
+Step = Callable[[int, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def _never() -> bool:
@@ -30,6 +32,7 @@ def denoise(
     generator: torch.Generator | list[torch.Generator] | None = None,
     callback: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     interrupted: Callable[[], bool] = _never,
+    step: Step | None = None,
 ) -> Tensor:
     """Execute rows `start` to `stop` of `table`.
 
@@ -46,6 +49,7 @@ def denoise(
         generator: of the noise of stochastic samplers; a list has one per item of the batch.
         callback: called as callback(row, timestep, sample) after each step; what it returns is the sample from there.
         interrupted: asked before each step; True ends the run.
+        step: what executes a row in the place of `model` and the table, such as a captured graph.
 
     Returns:
         The sample [B, ...] after the last step, in its own dtype.
@@ -55,15 +59,17 @@ def denoise(
         if interrupted():
             break
         mix = weights(row) if callable(weights) else weights
-        scaled = sample * table.input_scale[row]
-        predictions = model(torch.cat([scaled] * len(mix)), row)
         noise = None
         if table.needs_noise[row]:
             dtype = table.noise_dtype or sample.dtype
             noise = draw_noise(tuple(sample.shape), generator, sample.device, dtype)
-        sample, denoised = table.advance(row, sample, predictions, mix, previous=previous, noise=noise)
+        if step is not None:
+            sample, denoised = step(row, sample, mix, previous, noise)
+        else:
+            predictions = model(torch.cat([sample * table.input_scale[row]] * len(mix)), row)
+            sample, denoised = table.advance(row, sample, predictions, mix, previous=previous, noise=noise)
         if table.uses_previous:
             previous = denoised
         if callback is not None:
-            sample = callback(row, table.timesteps[row], sample)
-    return sample
+            sample = callback(row, table.timesteps[row], sample if step is None else sample.clone())
+    return sample if step is None else sample.clone()

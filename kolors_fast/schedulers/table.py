@@ -57,12 +57,26 @@ class StepTable:
     ) -> tuple[Tensor, Tensor]:
         """Execute row `index`; returns (next, denoised), both in the sample's dtype."""
         coefficients = self.coefficients_on(sample.device)[index]
+        return self.advance_from(coefficients, None, sample, predictions, weights, previous=previous, noise=noise)
+
+    def advance_from(
+        self,
+        coefficients: Tensor,  # [6], or [N, 6] with row
+        row: Tensor | None,  # int64 [1], which the host does not read
+        sample: Tensor,
+        predictions: Tensor,
+        weights: Tensor,
+        *,
+        previous: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`advance` with coefficients of the caller's."""
         noise = None if noise is None else noise.to(sample.dtype)
         if self.clip is not None:
-            _, denoised = guided_step(sample, predictions, weights, coefficients, return_denoised=True)
+            _, denoised = guided_step(sample, predictions, weights, coefficients, row=row, return_denoised=True)
             previous = denoised.clamp(-self.clip, self.clip)
         after, denoised = guided_step(
-            sample, predictions, weights, coefficients, previous=previous, noise=noise, return_denoised=True
+            sample, predictions, weights, coefficients, previous=previous, noise=noise, row=row, return_denoised=True
         )
         return after, denoised if self.clip is None or previous is None else previous
 

@@ -130,7 +130,7 @@ def test_all_savings_off_is_plain_code() -> None:
 
 
 def test_names_are_checked_and_blocks_end() -> None:
-    with pytest.raises(ValueError, match="without: expected names of prompt_cache, .*, got 'fusedqkv'"):
+    with pytest.raises(ValueError, match=r"without: expected names of prompt_cache, .*, got 'fusedqkv'"):
         kolors_fast.without("fusedqkv")
     with kolors_fast.without("geglu"):
         with kolors_fast.without("products"):
