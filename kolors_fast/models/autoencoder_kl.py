@@ -13,11 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import Attention
+from .autoencoder_kl_layers import (
+    NORM_EPS,
+    AutoencoderDownsample,
+    AutoencoderResnet,
+    AutoencoderUpsample,
+    MidAttention,
+    affine,
+    normalise,
+    stream_scale,
+)
 from .checkpoint import PretrainedModel
-from .layers import Conv2d, Downsample, GroupNorm, ResnetBlock, Upsample, to_map, to_tokens, use_channels_last
+from .layers import Conv2d, GroupNorm, use_channels_last
 
-NORM_EPS = 1e-6
 # attention layers as files written before 2023 name them
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -61,10 +69,6 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.sum(dim=[1, 2, 3])
 
 
-def _resnet(in_channels: int, out_channels: int, num_groups: int) -> ResnetBlock:
-    return ResnetBlock(in_channels, out_channels, time_dim=None, num_groups=num_groups, eps=NORM_EPS)
-
-
 class AutoencoderKLOutput(NamedTuple):
     latent_dist: DiagonalGaussianDistribution
 
@@ -73,31 +77,17 @@ class DecoderOutput(NamedTuple):
     sample: Tensor  # [B, 3, H, W]
 
 
-class MidAttention(Attention):
-    """x + attention(norm(x)) over all positions, with one head as wide as the map."""
-
-    group_norm: GroupNorm
-
-    def __init__(self, channels: int, num_groups: int) -> None:
-        norm = GroupNorm(num_groups, channels, NORM_EPS)
-        super().__init__(channels, heads=1, head_dim=channels, qkv_bias=True, group_norm=norm)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        h = self.group_norm(x, activation=None)
-        return x + to_map(super().forward(to_tokens(h)), *x.shape[-2:])
-
-
 class MidBlock(nn.Module):
     def __init__(self, channels: int, num_groups: int, *, add_attention: bool) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([MidAttention(channels, num_groups)] if add_attention else [])
-        self.resnets = nn.ModuleList(_resnet(channels, channels, num_groups) for _ in range(2))
+        self.resnets = nn.ModuleList(AutoencoderResnet(channels, channels, num_groups) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x = self.resnets[0](x, scale)
         for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+            x = attention(x, scale)
+        return self.resnets[1](x, scale)
 
 
 class DownBlock(nn.Module):
@@ -106,12 +96,12 @@ class DownBlock(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels, *[out_channels] * num_layers]
-        self.resnets = nn.ModuleList(_resnet(a, b, num_groups) for a, b in pairwise(widths))
-        self.downsamplers = nn.ModuleList([Downsample(out_channels, padding=0)] if downsample else [])
+        self.resnets = nn.ModuleList(AutoencoderResnet(a, b, num_groups) for a, b in pairwise(widths))
+        self.downsamplers = nn.ModuleList([AutoencoderDownsample(out_channels)] if downsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
+            x = layer(x, scale)
         return x
 
 
@@ -121,12 +111,12 @@ class UpBlock(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels, *[out_channels] * num_layers]
-        self.resnets = nn.ModuleList(_resnet(a, b, num_groups) for a, b in pairwise(widths))
-        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
+        self.resnets = nn.ModuleList(AutoencoderResnet(a, b, num_groups) for a, b in pairwise(widths))
+        self.upsamplers = nn.ModuleList([AutoencoderUpsample(out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
+            x = layer(x, scale)
         return x
 
 
@@ -154,10 +144,11 @@ class Encoder(nn.Module):
         self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x, scale = x.contiguous(memory_format=torch.channels_last), stream_scale(x)
+        x = affine(self.conv_in, x, scale, normalised=True)
         for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+            x = block(x, scale)
+        return self.conv_out(normalise(self.conv_norm_out, self.mid_block(x, scale), scale))
 
 
 class Decoder(nn.Module):
@@ -184,10 +175,11 @@ class Decoder(nn.Module):
         self.conv_out = Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
+        z, scale = z.contiguous(memory_format=torch.channels_last), stream_scale(z)
+        x = self.mid_block(affine(self.conv_in, z, scale, normalised=True), scale)
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(x))
+            x = block(x, scale)
+        return self.conv_out(normalise(self.conv_norm_out, x, scale))
 
 
 class AutoencoderKL(PretrainedModel):
