@@ -6,7 +6,7 @@ keys and call signatures follow diffusers' AutoencoderKL.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from .autoencoder_kl_layers import (
     normalise,
     stream_scale,
 )
+from .autoencoder_kl_tiles import decode_in_strips, encode_in_strips
 from .checkpoint import PretrainedModel
 from .layers import Conv2d, GroupNorm, use_channels_last
 
@@ -240,12 +241,11 @@ class AutoencoderKL(PretrainedModel):
         self.quant_conv = Conv2d(moments, moments, 1) if use_quant_conv else None
         self.post_quant_conv = Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
         use_channels_last(self)
+        self.use_slicing = self.use_tiling = False
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """x [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, latent_channels, h, w]."""
-        moments = self.encoder(x)  # [B, 2 * latent_channels, h, w]
-        if self.quant_conv is not None:
-            moments = self.quant_conv(moments)
+        moments = self._by_slices(self._encode, x)  # [B, 2 * latent_channels, h, w]
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
@@ -256,10 +256,43 @@ class AutoencoderKL(PretrainedModel):
 
         `generator` is accepted for callers that pass one to every autoencoder; decoding is deterministic.
         """
+        image = self._by_slices(self._decode, z)
+        return DecoderOutput(image) if return_dict else (image,)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        moments = encode_in_strips(self.encoder, x) if self._in_strips(x) else self.encoder(x)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def _decode(self, z: Tensor) -> Tensor:
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        image = self.decoder(z)
-        return DecoderOutput(image) if return_dict else (image,)
+        return decode_in_strips(self.decoder, z) if self._in_strips(z) else self.decoder(z)
+
+    def _by_slices(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if not self.use_slicing or x.shape[0] < 2:
+            return function(x)
+        return torch.cat([function(one) for one in x.split(1)])
+
+    def _in_strips(self, x: Tensor) -> bool:
+        tracked = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        return self.use_tiling and not tracked and x.numel() > 0
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one item of a batch at a time."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Encode and decode by strips of rows: the same result up to rounding, and no seams, in less memory.
+
+        See `decode_peak_bytes`. Where autograd records, which keeps every map anyway, nothing is divided.
+        """
+        self.use_tiling = use_tiling
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
 
     def forward(
         self,

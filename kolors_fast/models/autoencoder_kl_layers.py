@@ -43,6 +43,11 @@ def stream_scale(x: Tensor) -> float:
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether nothing stands around the layer (LoRA layers, offload hooks), so that its parameters say all it does."""
+    return type(layer) in (nn.Conv2d, nn.Linear) and "forward" not in layer.__dict__
+
+
 def affine(
     layer: nn.Conv2d | nn.Linear, x: Tensor, scale: float, *, normalised: bool, padding: tuple[int, int] | None = None
 ) -> Tensor:
@@ -55,7 +60,7 @@ def affine(
     if scale == 1 and padding is None:
         y: Tensor = layer(x)
         return y
-    if type(layer) not in (nn.Conv2d, nn.Linear) or "forward" in layer.__dict__:
+    if not is_plain(layer):
         # scale * W X + bias, less what the bias is too large by; the bias is what comes of zeros
         corner = x[:1, :, :3, :3] if x.dim() == 4 else x[:1, :1]
         bias = layer(torch.zeros_like(corner))
