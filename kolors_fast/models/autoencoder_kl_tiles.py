@@ -110,7 +110,7 @@ class Normalised:
 
     def rows(self, start: int, stop: int) -> Tensor:
         x = self.source.rows(start, stop)
-        u = (x - self.mean).mul_(self.gain).add_(self.bias)
+        u = x.to(self.mean.dtype, copy=True).sub_(self.mean).mul_(self.gain).add_(self.bias)
         return (F.silu(u, inplace=True) if self.silu else u).to(x.dtype)
 
 
