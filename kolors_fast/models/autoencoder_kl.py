@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoder_kl_layers import (
-    NORM_EPS,
     AutoencoderDownsample,
     AutoencoderResnet,
     AutoencoderUpsample,
     MidAttention,
+    StreamNorm,
     affine,
-    normalise,
     stream_scale,
 )
 from .autoencoder_kl_tiles import decode_in_strips, encode_in_strips
 from .checkpoint import PretrainedModel
-from .layers import Conv2d, GroupNorm, use_channels_last
+from .layers import Conv2d, use_channels_last
 
 # attention layers as files written before 2023 name them
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -141,7 +140,7 @@ class Encoder(nn.Module):
             DownBlock(a, b, num_layers, num_groups, downsample=i < len(levels) - 1) for i, (a, b) in enumerate(levels)
         )
         self.mid_block = MidBlock(widths[-1], num_groups, add_attention=mid_attention)
-        self.conv_norm_out = GroupNorm(num_groups, widths[-1], NORM_EPS)
+        self.conv_norm_out = StreamNorm(num_groups, widths[-1])
         self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ class Encoder(nn.Module):
         x = affine(self.conv_in, x, scale, normalised=True)
         for block in self.down_blocks:
             x = block(x, scale)
-        return self.conv_out(normalise(self.conv_norm_out, self.mid_block(x, scale), scale))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x, scale), scale=scale))
 
 
 class Decoder(nn.Module):
@@ -172,7 +171,7 @@ class Decoder(nn.Module):
             UpBlock(a, b, num_layers, num_groups, upsample=i < len(levels) - 1) for i, (a, b) in enumerate(levels)
         )
         self.mid_block = MidBlock(widths[-1], num_groups, add_attention=mid_attention)
-        self.conv_norm_out = GroupNorm(num_groups, widths[0], NORM_EPS)
+        self.conv_norm_out = StreamNorm(num_groups, widths[0])
         self.conv_out = Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -180,7 +179,7 @@ class Decoder(nn.Module):
         x = self.mid_block(affine(self.conv_in, z, scale, normalised=True), scale)
         for block in self.up_blocks:
             x = block(x, scale)
-        return self.conv_out(normalise(self.conv_norm_out, x, scale))
+        return self.conv_out(self.conv_norm_out(x, scale=scale))
 
 
 class AutoencoderKL(PretrainedModel):

@@ -61,11 +61,7 @@ def affine(
         y: Tensor = layer(x)
         return y
     if not is_plain(layer):
-        # scale * W X + bias, less what the bias is too large by; the bias is what comes of zeros
-        corner = x[:1, :, :3, :3] if x.dim() == 4 else x[:1, :1]
-        bias = layer(torch.zeros_like(corner))
-        bias = bias[..., :1, :1] if x.dim() == 4 else bias
-        return layer(x * scale if normalised else x) - (1 - scale) * bias
+        return _wrapped_affine(layer, x if normalised else x / scale, x * scale if normalised else x, scale)
     weight = layer.weight * scale if normalised and scale != 1 else layer.weight
     bias = None if layer.bias is None else layer.bias * scale
     if isinstance(layer, nn.Linear):
@@ -74,14 +70,42 @@ def affine(
     return F.conv2d(x, weight, bias, layer.stride, pads)
 
 
-def normalise(
-    norm: GroupNorm, x: Tensor, scale: float, *, channel_add: Tensor | None = None, activation: str | None = "silu"
-) -> Tensor:
-    """activation(norm(X + channel_add)) of the stream x = scale * X; channel_add comes scaled too."""
-    eps = norm.eps * scale**2
-    return group_norm_silu(
-        x, norm.num_groups, norm.weight, norm.bias, eps, channel_add=channel_add, activation=activation
-    )
+def _wrapped_affine(layer: nn.Module, x: Tensor, scaled: Tensor, scale: float) -> Tensor:
+    """scale * layer(x), and where that overflows, layer(scale * x) less what the bias is then too large by.
+
+    The latter alone would do, if it did not lose the bits by which the bias is larger than what it is added to.
+    """
+    y = layer(x)
+    bias = layer(torch.zeros_like(x[:1, :, :3, :3] if x.dim() == 4 else x[:1, :1]))
+    bias = bias[..., :1, :1] if x.dim() == 4 else bias
+    return torch.where(y.isfinite(), y * scale, layer(scaled) - (1 - scale) * bias)
+
+
+class StreamNorm(GroupNorm):
+    """GroupNorm of a stream that is held scaled."""
+
+    def __init__(self, num_groups: int, channels: int) -> None:
+        super().__init__(num_groups, channels, NORM_EPS)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]: scale * X
+        *,
+        skip: Tensor | None = None,
+        channel_add: Tensor | None = None,
+        activation: str | None = "silu",
+        scale: float = 1.0,
+    ) -> Tensor:
+        return group_norm_silu(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps * scale**2,
+            skip=skip,
+            channel_add=channel_add,
+            activation=activation,
+        )
 
 
 class AutoencoderResnet(ResnetBlock):
@@ -89,12 +113,14 @@ class AutoencoderResnet(ResnetBlock):
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
         super().__init__(in_channels, out_channels, time_dim=None, num_groups=num_groups, eps=NORM_EPS)
+        self.norm1 = StreamNorm(num_groups, in_channels)
+        self.norm2 = StreamNorm(num_groups, out_channels)
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[override]
         if scale == 1:
             return super().forward(x)
-        h = affine(self.conv1, normalise(self.norm1, x, scale), scale, normalised=True)
-        h = affine(self.conv2, normalise(self.norm2, h, scale), scale, normalised=True)
+        h = affine(self.conv1, self.norm1(x, scale=scale), scale, normalised=True)
+        h = affine(self.conv2, self.norm2(h, scale=scale), scale, normalised=True)
         if self.conv_shortcut is not None:
             x = affine(self.conv_shortcut, x, scale, normalised=False)
         return x + h
@@ -103,19 +129,15 @@ class AutoencoderResnet(ResnetBlock):
 class MidAttention(Attention):
     """x + attention(norm(x)) over all positions, with one head as wide as the map."""
 
-    group_norm: GroupNorm
+    group_norm: StreamNorm
 
     def __init__(self, channels: int, num_groups: int) -> None:
-        norm = GroupNorm(num_groups, channels, NORM_EPS)
+        norm = StreamNorm(num_groups, channels)
         super().__init__(channels, heads=1, head_dim=channels, qkv_bias=True, group_norm=norm)
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[override]
-        if scale == 1:
-            n = to_tokens(self.group_norm(x, activation=None))
-            h = super().forward(n)
-        else:
-            n = to_tokens(normalise(self.group_norm, x, scale, activation=None))  # [B, N, C]
-            h = self.attend(n, *self.keys_and_values(n, scale), scale)
+        n = to_tokens(self.group_norm(x, activation=None, scale=scale))  # [B, N, C]
+        h = super().forward(n) if scale == 1 else self.attend(n, *self.keys_and_values(n, scale), scale)
         return x + to_map(h, *x.shape[-2:])
 
     def keys_and_values(self, tokens: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ that it is read. `autoencoder_kl_memory.py` states the bound.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -97,21 +98,30 @@ class Normalised:
     """silu(norm(source)), or norm(source), with the moments given: fp32 inside, one rounding."""
 
     def __init__(self, source: Rows, norm: GroupNorm, moments: Moments, scale: float, *, silu: bool = True) -> None:
-        self.source, self.size, self.silu = source, source.size, silu
-        per_group = norm.num_channels // norm.num_groups
-
-        def per_channel(value: Tensor) -> Tensor:  # [B, C] or [C] -> [B or 1, C, 1, 1]
-            return value.to(moments.mean.dtype).reshape(-1, norm.num_channels, 1, 1)
-
+        self.source, self.size, self.norm, self.silu = source, source.size, norm, silu
         rstd = torch.rsqrt(moments.squares / moments.elements + norm.eps * scale**2)
-        self.mean = per_channel(moments.mean.repeat_interleave(per_group, dim=1))
-        self.gain = per_channel(rstd.repeat_interleave(per_group, dim=1)) * per_channel(norm.weight)
-        self.bias = per_channel(norm.bias)
+        self.mean, self.rstd = (
+            m.repeat_interleave(norm.num_channels // norm.num_groups, dim=1)[..., None, None]  # [B, C, 1, 1]
+            for m in (moments.mean, rstd)
+        )
+        self.affine: tuple[Tensor, Tensor] | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
         x = self.source.rows(start, stop)
-        u = x.to(self.mean.dtype, copy=True).sub_(self.mean).mul_(self.gain).add_(self.bias)
+        if self.affine is None:
+            weight, bias = _weight_and_bias(self.norm, x)
+            self.affine = self.rstd * weight.to(self.rstd.dtype), bias.to(self.rstd.dtype)
+        u = x.to(self.mean.dtype, copy=True).sub_(self.mean).mul_(self.affine[0]).add_(self.affine[1])
         return (F.silu(u, inplace=True) if self.silu else u).to(x.dtype)
+
+
+def _weight_and_bias(norm: GroupNorm, like: Tensor) -> tuple[Tensor, Tensor]:
+    """[C, 1, 1] each; of a module with a hook around it, whose weights may be elsewhere, from what it does to +-1."""
+    if "forward" not in norm.__dict__:
+        return norm.weight[:, None, None], norm.bias[:, None, None]
+    signs = like.new_tensor([1.0, -1.0]).expand(1, norm.num_channels, 1, 2)
+    plus, minus = norm(signs, activation=None)[0].to(torch.promote_types(like.dtype, torch.float32)).split(1, dim=2)
+    return (plus - minus) / 2 * math.sqrt(1 + norm.eps), (plus + minus) / 2
 
 
 class Convolved:
