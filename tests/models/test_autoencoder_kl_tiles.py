@@ -61,7 +61,7 @@ def test_strips_give_the_undivided_result(name: str, elements: int, monkeypatch:
     monkeypatch.setattr(autoencoder_kl_tiles, "QUERIES", 7)
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         model = build(name).to(dtype)
-        z, x = latents(model, 7, 5), images(model, 45, 34)
+        z, x = latents(model, 5, 3), images(model, 37, 26)
         model.disable_tiling()
         image, moments = model.decode(z).sample, model.encode(x).latent_dist.parameters
         model.enable_tiling()
@@ -126,7 +126,7 @@ def test_gradients_come_from_the_undivided_pass() -> None:
 def test_moments_of_strips_are_those_of_the_whole() -> None:
     """A mean 1000 times the deviation, where sums of squares in float32 would lose everything."""
     torch.manual_seed(0)
-    x = torch.randn(2, 6, 37, 5) + 1000 * torch.randn(2, 6, 1, 1).repeat_interleave(3, dim=1)[:, :6]
+    x = torch.randn(2, 6, 37, 5) + 1000 * torch.randn(2, 2, 1, 1).repeat_interleave(3, dim=1)
     first, *rest = (Moments.of(strip, 2) for strip in x.split([1, 20, 16], dim=2))
     for moments in rest:
         first = first.merged(moments)
