@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kolors_fast.ops.group_norm_silu import group_norm_silu
-
+from ..ops._products import conv2d, linear
+from ..ops.group_norm_silu import group_norm_silu
 from .attention import Attention
-from .layers import Downsample, GroupNorm, ResnetBlock, Upsample, to_map, to_tokens
+from .layers import Downsample, GroupNorm, ResnetBlock, Upsample, is_wrapped, to_map, to_tokens
 
 NORM_EPS = 1e-6
 FLOAT16_SCALE = 2.0**-6
@@ -43,31 +43,26 @@ def stream_scale(x: Tensor) -> float:
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether nothing stands around the layer (LoRA layers, offload hooks), so that its parameters say all it does."""
-    return type(layer) in (nn.Conv2d, nn.Linear) and "forward" not in layer.__dict__
-
-
 def affine(
     layer: nn.Conv2d | nn.Linear, x: Tensor, scale: float, *, normalised: bool, padding: tuple[int, int] | None = None
 ) -> Tensor:
     """scale * layer(X), for x = X, a normalised map, or x = scale * X, the stream.
 
     Args:
-        layer: may have something around it (LoRA layers, offload hooks).
+        layer: may have something around it (LoRA layers, hooks).
         padding: in the place of the convolution's own; only for one with nothing around it.
     """
     if scale == 1 and padding is None:
         y: Tensor = layer(x)
         return y
-    if not is_plain(layer):
+    if is_wrapped(layer):
         return _wrapped_affine(layer, x if normalised else x / scale, x * scale if normalised else x, scale)
     weight = layer.weight * scale if normalised and scale != 1 else layer.weight
     bias = None if layer.bias is None else layer.bias * scale
     if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     pads: Any = layer.padding if padding is None else padding
-    return F.conv2d(x, weight, bias, layer.stride, pads)
+    return conv2d(x, weight, bias, stride=layer.stride, padding=pads)
 
 
 def _wrapped_affine(layer: nn.Module, x: Tensor, scaled: Tensor, scale: float) -> Tensor:
@@ -148,8 +143,7 @@ class MidAttention(Attention):
         """What the residual stream receives at `tokens` [B, Q, C], scaled."""
         q, k, v = (t.unsqueeze(1) for t in (self.to_q(tokens), keys, values))  # [B, 1, Q or N, C]
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        to_out: Any = self.to_out[0]
-        return affine(to_out, h, scale, normalised=False)
+        return affine(self._out, h, scale, normalised=False)
 
 
 class AutoencoderDownsample(Downsample):
@@ -166,4 +160,6 @@ class AutoencoderUpsample(Upsample):
     """Nearest neighbour to twice the size, then a 3x3 convolution, on a scaled stream."""
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        if scale == 1:
+            return super().forward(x)
         return affine(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"), scale, normalised=False)

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autoencoder_kl_layers import AutoencoderResnet, MidAttention, affine, is_plain, stream_scale
-from .layers import GroupNorm, to_tokens
+from .autoencoder_kl_layers import AutoencoderResnet, MidAttention, affine, stream_scale
+from .layers import GroupNorm, is_wrapped, to_tokens
 
 if TYPE_CHECKING:
     from .autoencoder_kl import Decoder, Encoder, MidBlock
@@ -135,7 +135,7 @@ class Convolved:
         above, below = start > 0, stop < self.size[1]
         x = self.source.rows(start - above, stop + below)
         # inside the map the rows around the strip are there; at its border, and in a wrapped layer, the layer pads
-        padding = (0, 1) if above and below and is_plain(self.conv) else None
+        padding = (0, 1) if above and below and not is_wrapped(self.conv) else None
         y = affine(self.conv, x, self.scale, normalised=self.normalised, padding=padding)
         return y if padding else y[:, :, above : y.shape[2] - below]
 
