@@ -90,6 +90,12 @@ def test_scaling_does_not_change_what_eps_does() -> None:
     torch.testing.assert_close(norm(x / 64, scale=1 / 64), norm(x))
 
 
+def test_shapes_without_data() -> None:
+    with torch.device("meta"):
+        model = AutoencoderKL(**CONFIG).half()
+        assert model.decode(torch.empty(2, 4, 3, 5, dtype=torch.float16)).sample.shape == (2, 3, 12, 20)
+
+
 def test_autocast_to_float16() -> None:
     x = torch.randn(SHAPES["decode"])
     ours = built(AutoencoderKL, state_with_gain(3e5), torch.float32)
