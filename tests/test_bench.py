@@ -17,7 +17,7 @@ import table
 from kolors_fast.ops import SPECS, _backends
 
 GROUPS = {
-    "models": ("diffusers", "diffusers_compile", "reference", "kolors_fast"),
+    "models": ("diffusers", "diffusers_compile", "reference", "kolors_fast", "kolors_fast_tiled"),
     **{name: ("eager", "compile", *reversed(_backends.BACKENDS), *peers.PEERS.get(name, ())) for name in SPECS},
 }
 

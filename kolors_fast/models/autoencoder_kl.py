@@ -6,18 +6,26 @@ keys and call signatures follow diffusers' AutoencoderKL.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .attention import Attention
+from .autoencoder_kl_layers import (
+    AutoencoderDownsample,
+    AutoencoderResnet,
+    AutoencoderUpsample,
+    MidAttention,
+    StreamNorm,
+    affine,
+    stream_scale,
+)
+from .autoencoder_kl_tiles import decode_in_strips, encode_in_strips
 from .checkpoint import PretrainedModel
-from .layers import Conv2d, Downsample, GroupNorm, ResnetBlock, Upsample, to_map, to_tokens, use_channels_last
+from .layers import Conv2d, use_channels_last
 
-NORM_EPS = 1e-6
 # attention layers as files written before 2023 name them
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -61,10 +69,6 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.sum(dim=[1, 2, 3])
 
 
-def _resnet(in_channels: int, out_channels: int, num_groups: int) -> ResnetBlock:
-    return ResnetBlock(in_channels, out_channels, time_dim=None, num_groups=num_groups, eps=NORM_EPS)
-
-
 class AutoencoderKLOutput(NamedTuple):
     latent_dist: DiagonalGaussianDistribution
 
@@ -73,31 +77,17 @@ class DecoderOutput(NamedTuple):
     sample: Tensor  # [B, 3, H, W]
 
 
-class MidAttention(Attention):
-    """x + attention(norm(x)) over all positions, with one head as wide as the map."""
-
-    group_norm: GroupNorm
-
-    def __init__(self, channels: int, num_groups: int) -> None:
-        norm = GroupNorm(num_groups, channels, NORM_EPS)
-        super().__init__(channels, heads=1, head_dim=channels, qkv_bias=True, group_norm=norm)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        h = self.group_norm(x, activation=None)
-        return x + to_map(super().forward(to_tokens(h)), *x.shape[-2:])
-
-
 class MidBlock(nn.Module):
     def __init__(self, channels: int, num_groups: int, *, add_attention: bool) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([MidAttention(channels, num_groups)] if add_attention else [])
-        self.resnets = nn.ModuleList(_resnet(channels, channels, num_groups) for _ in range(2))
+        self.resnets = nn.ModuleList(AutoencoderResnet(channels, channels, num_groups) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x = self.resnets[0](x, scale)
         for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+            x = attention(x, scale)
+        return self.resnets[1](x, scale)
 
 
 class DownBlock(nn.Module):
@@ -106,12 +96,12 @@ class DownBlock(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels, *[out_channels] * num_layers]
-        self.resnets = nn.ModuleList(_resnet(a, b, num_groups) for a, b in pairwise(widths))
-        self.downsamplers = nn.ModuleList([Downsample(out_channels, padding=0)] if downsample else [])
+        self.resnets = nn.ModuleList(AutoencoderResnet(a, b, num_groups) for a, b in pairwise(widths))
+        self.downsamplers = nn.ModuleList([AutoencoderDownsample(out_channels)] if downsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
+            x = layer(x, scale)
         return x
 
 
@@ -121,12 +111,12 @@ class UpBlock(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels, *[out_channels] * num_layers]
-        self.resnets = nn.ModuleList(_resnet(a, b, num_groups) for a, b in pairwise(widths))
-        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
+        self.resnets = nn.ModuleList(AutoencoderResnet(a, b, num_groups) for a, b in pairwise(widths))
+        self.upsamplers = nn.ModuleList([AutoencoderUpsample(out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
+            x = layer(x, scale)
         return x
 
 
@@ -150,14 +140,15 @@ class Encoder(nn.Module):
             DownBlock(a, b, num_layers, num_groups, downsample=i < len(levels) - 1) for i, (a, b) in enumerate(levels)
         )
         self.mid_block = MidBlock(widths[-1], num_groups, add_attention=mid_attention)
-        self.conv_norm_out = GroupNorm(num_groups, widths[-1], NORM_EPS)
+        self.conv_norm_out = StreamNorm(num_groups, widths[-1])
         self.conv_out = Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x, scale = x.contiguous(memory_format=torch.channels_last), stream_scale(x)
+        x = affine(self.conv_in, x, scale, normalised=True)
         for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+            x = block(x, scale)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x, scale), scale=scale))
 
 
 class Decoder(nn.Module):
@@ -180,14 +171,15 @@ class Decoder(nn.Module):
             UpBlock(a, b, num_layers, num_groups, upsample=i < len(levels) - 1) for i, (a, b) in enumerate(levels)
         )
         self.mid_block = MidBlock(widths[-1], num_groups, add_attention=mid_attention)
-        self.conv_norm_out = GroupNorm(num_groups, widths[0], NORM_EPS)
+        self.conv_norm_out = StreamNorm(num_groups, widths[0])
         self.conv_out = Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
+        z, scale = z.contiguous(memory_format=torch.channels_last), stream_scale(z)
+        x = self.mid_block(affine(self.conv_in, z, scale, normalised=True), scale)
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(self.conv_norm_out(x))
+            x = block(x, scale)
+        return self.conv_out(self.conv_norm_out(x, scale=scale))
 
 
 class AutoencoderKL(PretrainedModel):
@@ -195,6 +187,9 @@ class AutoencoderKL(PretrainedModel):
 
     Images are in [-1, 1]. The diffusion model works on `latent * config.scaling_factor`; this class never scales.
     Any number of levels: the side shrinks by 2^(len(block_out_channels) - 1).
+
+    float16 needs no upcast: maps up to 4.19e6 fit (`autoencoder_kl_layers.py`). `force_upcast` is kept for diffusers'
+    pipelines, which go by it. `enable_slicing` and `enable_tiling` trade time for memory, at the same result.
     """
 
     def __init__(
@@ -248,12 +243,11 @@ class AutoencoderKL(PretrainedModel):
         self.quant_conv = Conv2d(moments, moments, 1) if use_quant_conv else None
         self.post_quant_conv = Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
         use_channels_last(self)
+        self.use_slicing = self.use_tiling = False
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """x [B, in_channels, H, W] in [-1, 1] -> the posterior over latents [B, latent_channels, h, w]."""
-        moments = self.encoder(x)  # [B, 2 * latent_channels, h, w]
-        if self.quant_conv is not None:
-            moments = self.quant_conv(moments)
+        moments = self._by_slices(self._encode, x)  # [B, 2 * latent_channels, h, w]
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
@@ -264,10 +258,43 @@ class AutoencoderKL(PretrainedModel):
 
         `generator` is accepted for callers that pass one to every autoencoder; decoding is deterministic.
         """
+        image = self._by_slices(self._decode, z)
+        return DecoderOutput(image) if return_dict else (image,)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        moments = encode_in_strips(self.encoder, x) if self._in_strips(x) else self.encoder(x)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
+    def _decode(self, z: Tensor) -> Tensor:
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        image = self.decoder(z)
-        return DecoderOutput(image) if return_dict else (image,)
+        return decode_in_strips(self.decoder, z) if self._in_strips(z) else self.decoder(z)
+
+    def _by_slices(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if not self.use_slicing or x.shape[0] < 2:
+            return function(x)
+        return torch.cat([function(one) for one in x.split(1)])
+
+    def _in_strips(self, x: Tensor) -> bool:
+        tracked = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        return self.use_tiling and not tracked and x.numel() > 0
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one item of a batch at a time."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        self.use_slicing = False
+
+    def enable_tiling(self, use_tiling: bool = True) -> None:
+        """Encode and decode by strips of rows: the same result up to rounding, and no seams, in less memory.
+
+        See `decode_peak_bytes`. Where autograd records, which keeps every map anyway, nothing is divided.
+        """
+        self.use_tiling = use_tiling
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
 
     def forward(
         self,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -410,13 +409,11 @@ class KolorsPipeline:
         return table, int((table.timesteps >= cutoff).sum())
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to images [B, 3, H, W] in about [-1, 1], in float32 where the autoencoder overflows."""
+        """Latents [B, C, h, w] to images [B, 3, H, W] in about [-1, 1], in the autoencoder's dtype."""
         if not torch.isfinite(latents).all():
             raise RuntimeError(f"the denoised latents hold NaN or infinity in {latents.dtype}; bfloat16 has more range")
-        overflows = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        with _in_float32(self.vae) if overflows else nullcontext():
-            scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-            return self.vae.decode(scaled, return_dict=False)[0]
+        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(scaled, return_dict=False)[0]
 
 
 def _either(text: str | list[str] | None, embeds: Tensor | None, pooled: Tensor | None) -> Any:
@@ -432,14 +429,3 @@ def _negative_sizes(original: Size | None, crop: Size, target: Size | None) -> t
     got = f"{original} and {target}"
     expect((original is None) == (target is None), "negative_original_size", "negative_target_size beside it", got)
     return None if original is None or target is None else (original, crop, target)
-
-
-@contextmanager
-def _in_float32(model: AutoencoderKL) -> Iterator[None]:
-    """Cast the model, and back afterwards: float16 values survive the way through float32 unchanged."""
-    before = model.dtype
-    model.to(torch.float32)
-    try:
-        yield
-    finally:
-        model.to(before)
