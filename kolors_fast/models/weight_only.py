@@ -2,9 +2,16 @@
 
 Why not torch's own kernels: a text encoder reads some tens of rows once per picture, and for those torch's are no
 faster than making the weight anew, chunk by chunk, and multiplying. 24 rows through 4096 -> 13696 on two CPU threads
-with torch 2.13, in ms: `torch._weight_int8pack_mm` 646 (fp32), 22 (bf16), 800 (fp16); this module 84, 25 and 74 in int8,
-96, 27 and 78 in int4; nn.Linear 48, 12 and 59 (bench/bench_weight_only.py). `torch._weight_int4pack_mm` takes bf16 only,
-in a tiled layout that belongs to one device. Both are private, and their coverage of devices changes between versions.
+with torch 2.13, in ms (bench/weight_only.py):
+
+    fp32  bf16  fp16
+      48    12    59  nn.Linear
+     646    22   800  torch._weight_int8pack_mm
+      84    25    74  this module, int8
+      96    27    78  this module, int4
+
+`torch._weight_int4pack_mm` takes bf16 only, in a tiled layout that belongs to one device. Both are private, and the
+devices that have them change between versions.
 """
 
 from __future__ import annotations
@@ -39,11 +46,9 @@ class WeightOnlyLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bits: int, bias: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        groups = 1 if bits == 8 else -(-in_features // GROUP)
-        columns, dtype = (in_features, torch.int8) if bits == 8 else (groups * GROUP // 2, torch.uint8)
-        self.register_buffer("weight", torch.empty(out_features, columns, dtype=dtype))
-        # as integers, which a cast of the whole model to half precision leaves alone
-        self.register_buffer("scale_bits", torch.empty(out_features, groups, dtype=torch.int32))
+        weight, scale_bits = _empty(out_features, in_features, bits)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale_bits", scale_bits)  # integers: a cast of the model to half precision passes them by
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
@@ -83,8 +88,20 @@ def quantize(weight: Tensor, bits: int, device: torch.device | str | None = None
     Raises:
         ValueError: the weight holds NaN or infinity.
     """
-    parts = [_quantize(weight[rows].to(device).float(), bits) for rows in _chunks(*weight.shape)]
-    return torch.cat([q for q, _ in parts]), torch.cat([scale for _, scale in parts]).view(torch.int32)
+    with torch.device(weight.device if device is None else device):
+        quantized, scale_bits = _empty(weight.shape[0], weight.shape[1], bits)
+    for rows in _chunks(*weight.shape):
+        q, scale = _quantize(weight[rows].to(quantized.device).float(), bits)
+        quantized[rows], scale_bits[rows] = q, scale.view(torch.int32)
+    return quantized, scale_bits
+
+
+def _empty(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor]:
+    if bits == 8:
+        return torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, 1, dtype=torch.int32)
+    groups = -(-columns // GROUP)
+    packed = torch.empty(rows, groups * GROUP // 2, dtype=torch.uint8)
+    return packed, torch.empty(rows, groups, dtype=torch.int32)
 
 
 def _quantize(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
