@@ -166,7 +166,7 @@ class PretrainedModel(nn.Module):
         for key in list(stored):  # taken out, so that a file is unmapped as soon as it has been read
             state.update(self._load_tensor(key, stored.pop(key), wanted[key].dtype, device))
         self.load_state_dict(state, assign=True)
-        _check_no_meta(self)
+        _check_tables(self)
         self.to(device)  # tables that no file holds
 
     def release_weights(self) -> None:
@@ -370,8 +370,10 @@ def _check_state(state: dict[str, Tensor], wanted: dict[str, Tensor], name: str,
         raise CheckpointError(f"the weights in {folder} do not fit the config of {name}: {_some(wrong, quote='')}")
 
 
-def _check_no_meta(model: nn.Module) -> None:
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+def _check_tables(model: nn.Module) -> None:
+    """No file holds the tables outside the state dict."""
+    held = model.state_dict()
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in held]
     if left:
         raise RuntimeError(f"{type(model).__name__} must create {_some(left)} with device='cpu': no file holds it")
 

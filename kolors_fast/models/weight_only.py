@@ -106,15 +106,16 @@ def _empty(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor]:
 
 def _quantize(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     grouped = w[:, None] if bits == 8 else F.pad(w, (0, -w.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))  # [rows, groups, 1]
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)  # [rows, groups, 1]
+    extreme = torch.where(high >= -low, high, low)
     if not extreme.isfinite().all():
         raise ValueError("quantize: weight: expected finite numbers, got NaN or infinity")
     scale = extreme.abs() / 127 if bits == 8 else extreme / -8
     q = (grouped / torch.where(scale == 0, 1.0, scale)).round_()
     if bits == 8:
         return q.squeeze(1).to(torch.int8), scale.squeeze(-1)
-    low, high = (q.clamp_(max=7) + 8).to(torch.uint8).flatten(1).chunk(2, dim=1)
-    return low | high << 4, scale.squeeze(-1)
+    first, second = q.clamp_(max=7).add_(8).to(torch.int8).view(torch.uint8).flatten(1).chunk(2, dim=1)
+    return first | second << 4, scale.squeeze(-1)
 
 
 def _chunks(rows: int, columns: int) -> Iterator[slice]:

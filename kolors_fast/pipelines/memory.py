@@ -21,7 +21,7 @@ from .checks import MAX_TEXT, check_size, expect, whole
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 # what a process takes before the first weight: on a CPU Python with PyTorch; on a GPU the CUDA context, cuBLAS'
 # workspace and what the allocator loses between blocks
-_RESERVED = {"cpu": 400 << 20, "cuda": 900 << 20}
+_RESERVED = {"cpu": 512 << 20, "cuda": 900 << 20}
 # model -> the phase of a picture in which it works
 PHASES = {"text_encoder": "reading", "unet": "denoising", "vae": "decoding"}
 
