@@ -19,9 +19,9 @@ def activation_bytes(model: nn.Module, call: Callable[[Any], Any]) -> int:
     """An upper bound of what `call(model)` allocates at its peak, the tensors that it creates as inputs included.
 
     The call runs on tensors without memory, and every storage that an operator returns counts from then until it is
-    freed. What operators use inside is covered by the margin: a tenth, 4 MiB (attention on a CPU takes about 0.1 MiB
-    per thread), and one more copy of the largest convolution weight, which PyTorch reorders for small maps. The
-    model's weights, on the meta device before, are fake ones after.
+    freed. Added are what operators use inside: a tenth, 4 MiB (attention on a CPU takes about 0.1 MiB per thread), and
+    one more copy of the largest convolution weight, which PyTorch reorders for small maps; and what layers keep in
+    float32, where a CPU may run them (see `_kept`). The model's weights, on the meta device before, are fake ones after.
     """
     shapes = [(key, value.shape, value.stride(), value.dtype) for key, value in model.state_dict().items()]
     with FakeTensorMode(), torch.no_grad():
@@ -32,7 +32,17 @@ def activation_bytes(model: nn.Module, call: Callable[[Any], Any]) -> int:
             result = call(model)
         del result
     reordered = max((value.nbytes for value in model.parameters() if value.dim() == 4), default=0)
-    return int(1.1 * peak.most) + _INSIDE + reordered
+    return int(1.1 * peak.most) + _INSIDE + reordered + _kept(model)
+
+
+def _kept(model: nn.Module) -> int:
+    """Bytes of the copies of float32 convolution weights: in oneDNN's order (`ops/_products.py`), and those after an
+    upsampling also as phases, 16/9 as large (`layers.conv_of_doubled`)."""
+    size = 0
+    for name, value in model.named_parameters():
+        if value.dim() == 4 and value.dtype == torch.float32:
+            size += value.nbytes * 32 // 9 if "upsamplers" in name else value.nbytes
+    return size
 
 
 class _Peak(TorchDispatchMode):

@@ -253,7 +253,10 @@ class Turns:
         if name == self.present:
             return
         if self.present is not None:
-            self.models[self.present].release_weights()
+            model = self.models[self.present]
+            model.release_weights()
+            if isinstance(model, KolorsUNet):
+                model.forget_prompts()
             self.present = None
         if name is not None:
             self.load(name, self.models[name])
