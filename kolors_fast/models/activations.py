@@ -21,7 +21,7 @@ def activation_bytes(model: nn.Module, call: Callable[[Any], Any]) -> int:
     The call runs on tensors without memory, and every storage that an operator returns counts from then until it is
     freed. Added are what operators use inside: a tenth, 4 MiB (attention on a CPU takes about 0.1 MiB per thread), and
     one more copy of the largest convolution weight, which PyTorch reorders for small maps; and what layers keep in
-    float32, where a CPU may run them (see `_kept`). The model's weights, on the meta device before, are fake ones after.
+    float32 on a CPU (see `_kept`). The model's weights, on the meta device before, are fake ones after.
     """
     shapes = [(key, value.shape, value.stride(), value.dtype) for key, value in model.state_dict().items()]
     with FakeTensorMode(), torch.no_grad():
