@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -155,17 +155,18 @@ def plans(
     kind = torch.device(device).type
     expect(kind in _RESERVED, "device", "cpu or cuda with a memory limit", kind)
     expect(whole(pictures) and pictures >= 1, "pictures", "a whole number from 1", repr(pictures))
-    factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    side = configs["unet"]["sample_size"]
+    unet_model, vae_model = KolorsUNet.empty(configs["unet"], dtype), AutoencoderKL.empty(configs["vae"], dtype)
+    factor = 2 ** (len(vae_model.config.block_out_channels) - 1)
+    side = unet_model.config.sample_size
     own = (side, side) if isinstance(side, int) else side
     height, width = (factor * s if given is None else given for given, s in zip((height, width), own, strict=True))
     check_size(height, width, factor)
     h, w = height // factor, width // factor
-    features = 2 * pictures * MAX_TEXT * configs["unet"]["encoder_hid_dim"] * dtype.itemsize
+    features = 2 * pictures * MAX_TEXT * unet_model.config.encoder_hid_dim * dtype.itemsize
 
-    unet = _unet(configs["unet"], dtype, pictures, h, w)
+    unet = _unet(unet_model, pictures, h, w)
     tilings = (False, True) if hasattr(AutoencoderKL, "enable_tiling") else (False,)
-    vaes = [_vae(configs["vae"], dtype, pictures, h, w, tiled) for tiled in tilings]
+    vaes = [_vae(vae_model, pictures, h, w, tiled) for tiled in tilings]
     for bits in (None, "int8", "int4") if quantization is None else (quantization,):
         encoder = _text_encoder(configs["text_encoder"], dtype, pictures, bits)
         for one_by_one in (False, True) if bits == quantization else (True,):
@@ -190,13 +191,14 @@ def _text_encoder(config: Mapping[str, Any], dtype: torch.dtype, pictures: int, 
         ids = torch.zeros(2 * pictures, MAX_TEXT + 1, dtype=torch.int64)  # prompts and negative prompts, and a pad
         return model.text_features(ids, torch.ones_like(ids))
 
+    model = empty()
     # no state but the last two is kept, so that two layers take as much as all of them
-    few = empty(num_layers=min(2, config["num_layers"]))
-    return Model("text_encoder", _kind(dtype, quantization), _weight_bytes(empty()), activation_bytes(few, read))
+    few = empty(num_layers=min(2, model.config.num_layers))
+    return Model("text_encoder", _kind(dtype, quantization), _weight_bytes(model), activation_bytes(few, read))
 
 
-def _unet(config: Mapping[str, Any], dtype: torch.dtype, pictures: int, height: int, width: int) -> Model:
-    model, count = KolorsUNet.empty(config, dtype), 2 * pictures
+def _unet(model: KolorsUNet, pictures: int, height: int, width: int) -> Model:
+    count, dtype = 2 * pictures, model.dtype
     pooled = model.config.projection_class_embeddings_input_dim - 6 * model.config.addition_time_embed_dim
 
     def denoise(model: KolorsUNet) -> Any:
@@ -211,15 +213,15 @@ def _unet(config: Mapping[str, Any], dtype: torch.dtype, pictures: int, height: 
     return Model("unet", _kind(dtype), _weight_bytes(model), activation_bytes(model, denoise))
 
 
-def _vae(config: Mapping[str, Any], dtype: torch.dtype, pictures: int, height: int, width: int, tiled: bool) -> Model:
-    model: Any = AutoencoderKL.empty(config, dtype)
+def _vae(model: AutoencoderKL, pictures: int, height: int, width: int, tiled: bool) -> Model:
+    model = AutoencoderKL.empty(model.config, model.dtype)
     if tiled:
-        model.enable_tiling()
+        cast(Any, model).enable_tiling()
 
     def decode(model: AutoencoderKL) -> Any:
-        return model.decode(torch.zeros(pictures, model.config.latent_channels, height, width, dtype=dtype))
+        return model.decode(torch.zeros(pictures, model.config.latent_channels, height, width, dtype=model.dtype))
 
-    return Model("vae", _kind(dtype), _weight_bytes(model), activation_bytes(model, decode))
+    return Model("vae", _kind(model.dtype), _weight_bytes(model), activation_bytes(model, decode))
 
 
 def _kind(dtype: torch.dtype, quantization: str | None = None) -> str:
