@@ -213,6 +213,15 @@ def test_pictures_are_the_same_one_model_after_the_other(folder: Path, quantizat
     assert seen == [["unet"]] * 4
 
 
+def test_every_plan_in_full_precision_draws_the_same(folder: Path) -> None:
+    """Up to the rounding of tiled decoding, if there is any."""
+    expected = draw(KolorsPipeline.from_pretrained(folder))
+    for plan in all_plans():
+        if plan.quantization is None:
+            pipeline = KolorsPipeline.from_pretrained(folder, memory_limit=plan)
+            assert np.abs(draw(pipeline) - expected).max() <= (1e-4 if plan.tiled else 0)
+
+
 def test_embeddings_given_load_no_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = taking_turns(folder)
     embeds, negative, pooled, negative_pooled = pipeline.encode_prompt("a photo")
