@@ -111,9 +111,7 @@ def check_latents(latents: Tensor, shape: Sequence[int]) -> None:
 def check_components(unet: nn.Module, text_encoder: nn.Module, vae: nn.Module, scheduler: Any) -> None:
     """The text encoder and the UNet exchange tensors; the autoencoder's dtype is its own."""
     for name, other in (("text_encoder", text_encoder), ("vae", vae)):
-        # a model without weights, on the meta device, is filled when its turn comes
-        together = other.device == unet.device or "meta" in (other.device.type, unet.device.type)
-        expect(together, name, f"the device of the unet, {unet.device}", other.device)
+        expect(other.device == unet.device, name, f"the device of the unet, {unet.device}", other.device)
     expect(text_encoder.dtype == unet.dtype, "text_encoder", f"the dtype of the unet, {unet.dtype}", text_encoder.dtype)
     own = "one of kolors_fast.schedulers, made by from_config(scheduler.config)"
     expect(isinstance(scheduler, Scheduler), "scheduler", own, type(scheduler).__module__)

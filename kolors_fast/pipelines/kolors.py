@@ -289,6 +289,7 @@ class KolorsPipeline:
             for side, unit in zip((height, width), _pair(self.default_sample_size), strict=True)
         )
         repeats = 1 if num_images_per_prompt is None else num_images_per_prompt
+        self._turn(None)  # a call that failed left one there
         check_components(self.unet, self.text_encoder, self.vae, self.scheduler)
         check_size(height, width, self.vae_scale_factor)
         check_prompts(prompt, negative_prompt)
