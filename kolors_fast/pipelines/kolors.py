@@ -173,8 +173,10 @@ class KolorsPipeline:
         guidance on or off; what each costs in memory is logged (`logging`, level INFO).
 
         Raises:
-            ValueError: the pipeline is not on a CUDA device.
+            ValueError: the pipeline is not on a CUDA device, or under a memory limit, which counts no graphs.
         """
+        if self.memory_plan is not None:
+            raise ValueError("enable_cuda_graphs: expected a pipeline without a memory limit, got one with a plan")
         if self.device.type != "cuda":
             raise ValueError(f"enable_cuda_graphs: expected a pipeline on a CUDA device, got one on {self.device}")
         self._graphs = StepGraphs(self.unet, keep=keep)

@@ -281,6 +281,8 @@ def test_what_needs_all_weights_is_refused(folder: Path, tmp_path: Path) -> None
         with pytest.raises(ValueError, match="expected a pipeline whose models are resident, got one after the other"):
             call()
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="enable_cuda_graphs: expected a pipeline without a memory limit"):
+        pipeline.enable_cuda_graphs()
 
 
 def test_a_limit_that_is_large_enough_changes_nothing(folder: Path) -> None:
