@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="default: out.png")
     generate.add_argument("--grid", action="store_true", help="put all pictures into one file")
     generate.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture per prompt and seed")
+    generate.add_argument("--memory-limit", help="such as 8GiB: choose what is in memory when, and print the plan")
     generate.add_argument("--compare-reference", action="store_true", help="draw again in pure PyTorch and compare")
     _add_sampling(generate)
 
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="kolors-tiny", help="bundled name, folder or hub id; default: kolors-tiny")
     parser.add_argument("--variant", help="file variant of the weights, such as fp16")
+    parser.add_argument("--text-encoder-quantization", choices=["int8", "int4"], help="weights in 8 or 4 bits")
     parser.add_argument("--negative-prompt")
     parser.add_argument("--steps", type=int, default=25, help="default: 25")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="default: 5.0")
@@ -75,16 +77,41 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=["reference", "cpu", "triton", "cuda"], help="force one for every op")
 
 
-def _load(options: argparse.Namespace) -> Any:
+def _load(options: argparse.Namespace, pictures: int = 1) -> Any:
+    """The pipeline, under a memory limit the one that can draw so many pictures in one call."""
     import torch
 
     from .ops import use_backend
+    from .pipelines.folder import load_configs
     from .pipelines.kolors import KolorsPipeline
+    from .pipelines.memory import plan_memory
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
     use_backend(options.backend)
-    return KolorsPipeline.from_pretrained(options.model, torch_dtype=dtype, variant=options.variant).to(device)
+    plan = None
+    if getattr(options, "memory_limit", None) is not None:
+        if options.compare_reference:
+            raise ValueError("--memory-limit: expected none with --compare-reference, which takes more memory")
+        plan = plan_memory(
+            options.memory_limit,
+            load_configs(options.model),
+            height=options.height,
+            width=options.width,
+            pictures=pictures,
+            dtype=dtype,
+            device=device,
+            quantization=options.text_encoder_quantization,
+        )
+        print(plan)
+    return KolorsPipeline.from_pretrained(
+        options.model,
+        torch_dtype=dtype,
+        variant=options.variant,
+        device=device,
+        text_encoder_quantization=options.text_encoder_quantization,
+        memory_limit=plan,
+    )
 
 
 def _draw(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds: list[int]) -> list[Any]:
@@ -111,7 +138,7 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError(f"--output: expected a picture's name such as out.png, got {str(options.output)!r}")
     _check_folder(options.output)
     pairs = [(prompt, seed) for prompt in options.prompt for seed in options.seed]
-    pipeline = _load(options)
+    pipeline = _load(options, len(pairs))
     prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
     images = _draw(pipeline, options, prompts, seeds)
     if options.compare_reference:

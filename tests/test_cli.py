@@ -45,6 +45,29 @@ def test_one_prompt_is_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.strip() == str(out)
 
 
+def test_a_memory_limit_prints_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.png"
+    limited = ["generate", PROMPT, "-o", str(out), *QUICK, "--seed", "1", "2", "--grid", "--memory-limit"]
+    assert main([*limited, "2GiB", "--text-encoder-quantization", "int8"]) == 0
+    first, head, *rows, _, name = capsys.readouterr().out.strip().splitlines()
+    assert first == "memory: all models resident, text encoder in int8; 2 pictures of 128x128 in float32"
+    assert "peak" in head and [row.split()[0] for row in rows] == ["text_encoder", "unet", "vae"]
+    assert name == str(out) and out.is_file()
+
+
+def test_bad_memory_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", PROMPT, "-o", str(tmp_path / "out.png"), *QUICK]
+    for limit in ("8 gigs", "-1", ""):
+        assert f"expected bytes or text such as '8GiB', got {limit!r}" in _fails(
+            capsys, *arguments, f"--memory-limit={limit}"
+        )
+    message = _fails(capsys, *arguments, "--memory-limit", "1MiB")
+    assert "memory_limit: expected at least 5" in message and message.endswith("got 1 MiB")
+    message = _fails(capsys, *arguments, "--memory-limit", "2GiB", "--compare-reference")
+    assert "--memory-limit: expected none with --compare-reference" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_prompts_and_seeds_make_files_or_a_grid(tmp_path: Path) -> None:
     arguments = ["generate", PROMPT, "a red circle", "--seed", "1", "2", *QUICK, "-o", str(tmp_path / "out.png")]
     assert main(arguments) == 0

@@ -8,14 +8,18 @@ are those of that ChatGLMModel, so a released `text_encoder` folder loads.
 from __future__ import annotations
 
 import math
+import os
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import PretrainedModel
+from .weight_only import QUANTIZATIONS, WeightOnlyLinear, quantize
 
 # options of the original code that no released Kolors encoder uses, at the only value supported here
 _FIXED_OPTIONS: dict[str, Any] = {
@@ -29,6 +33,15 @@ _FIXED_OPTIONS: dict[str, Any] = {
     "pre_seq_len": None,
     "prefix_projection": False,
 }
+
+# the layers of a block that quantisation replaces, as in the original code
+_PROJECTIONS = (
+    ("self_attention", "query_key_value"),
+    ("self_attention", "dense"),
+    ("mlp", "dense_h_to_4h"),
+    ("mlp", "dense_4h_to_h"),
+)
+Self = TypeVar("Self", bound="ChatGLM")
 
 
 @dataclass
@@ -261,6 +274,64 @@ class ChatGLM(PretrainedModel):
         self.output_layer = nn.Linear(hidden_size, padded_vocab_size, bias=False) if add_lm_head else None
         self.reset_parameters()
 
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        path_or_id: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        device: torch.device | str | None = None,
+        quantization: str | None = None,
+    ) -> Self:
+        """Load a model as every model is loaded (see `PretrainedModel.from_pretrained`), or quantised.
+
+        Args:
+            quantization: None, "int8" or "int4", see `quantize_`; layer by layer, so that the model in the dtype of
+                its file never exists as a whole.
+        """
+        model = cls.empty(cls.load_config(path_or_id, subfolder=subfolder), torch_dtype)
+        if quantization is not None:
+            model.quantize_(quantization)
+        model.load_weights(path_or_id, subfolder=subfolder, variant=variant, device=device)
+        return model
+
+    def quantize_(self: Self, quantization: str) -> Self:
+        """Keep the four projections of every layer in 8 or 4 bits per weight ("int8", "int4"), in place.
+
+        Activations, and all arithmetic, stay in the model's dtype (weight-only, see `WeightOnlyLinear`). A quantised
+        model reads prompts; it can be neither trained nor saved.
+        """
+        if quantization not in QUANTIZATIONS:
+            raise ValueError(f"ChatGLM: quantization: expected 'int8' or 'int4', got {quantization!r}")
+        if self.quantization is not None:
+            raise ValueError(f"ChatGLM: quantization: expected a model that is not quantised, got {self.quantization}")
+        for layer in self.encoder.layers:
+            for part, name in _PROJECTIONS:
+                parent = layer.get_submodule(part)
+                setattr(parent, name, WeightOnlyLinear.from_linear(getattr(parent, name), QUANTIZATIONS[quantization]))
+        return self
+
+    @property
+    def quantization(self) -> str | None:
+        """ "int8", "int4", or None for a model whose weights are floating-point numbers."""
+        layers = (module for module in self.modules() if isinstance(module, WeightOnlyLinear))
+        return next((f"int{layer.bits}" for layer in layers), None)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """As every model, see `PretrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: the model is quantised.
+        """
+        if self.quantization is not None:
+            raise ValueError(
+                f"ChatGLM: save_pretrained: expected a model that is not quantised, got {self.quantization}; "
+                "save the original, and quantise it while loading"
+            )
+        super().save_pretrained(folder, **options)
+
     def reset_parameters(self) -> None:
         """Initialise for training: N(0, 0.02), the projections that end a residual branch divided by sqrt(2 L)."""
         for name, module in self.named_modules():
@@ -291,7 +362,8 @@ class ChatGLM(PretrainedModel):
             output_hidden_states: return the input and output of every layer too.
             return_dict: False returns a tuple without names.
         """
-        states = self._run(input_ids, position_ids, _pad_pattern(input_ids, attention_mask))
+        running = self._run(input_ids, position_ids, _pad_pattern(input_ids, attention_mask))
+        states = deque(running, maxlen=None if output_hidden_states else 1)
         last = self.encoder.final_layernorm(states[-1]).transpose(0, 1)
         hidden = tuple(state.transpose(0, 1) for state in states) if output_hidden_states else None
         if return_dict:
@@ -308,8 +380,8 @@ class ChatGLM(PretrainedModel):
         """Next-token logits [B, S, V]; needs a model built with `add_lm_head=True`."""
         if self.output_layer is None:
             raise ValueError("logits needs a ChatGLM with add_lm_head=True, got one without an output layer")
-        state = self._run(input_ids, position_ids, _pad_pattern(input_ids, attention_mask))[-1]
-        return self.output_layer(self.encoder.final_layernorm(state))
+        states = deque(self._run(input_ids, position_ids, _pad_pattern(input_ids, attention_mask)), maxlen=1)
+        return self.output_layer(self.encoder.final_layernorm(states[-1]))
 
     def text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -319,8 +391,8 @@ class ChatGLM(PretrainedModel):
         Returns:
             prompt_embeds [B, S, D] and pooled [B, D].
         """
-        states = self._run(input_ids, position_ids, _pad_pattern(input_ids, attention_mask))
-        return states[-2], states[-1][:, -1]
+        before, last = deque(self._run(input_ids, position_ids, _pad_pattern(input_ids, attention_mask)), maxlen=2)
+        return before, last[:, -1]
 
     def text_features_collapsed(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
@@ -357,20 +429,37 @@ class ChatGLM(PretrainedModel):
         visible = torch.ones(longest + 1, longest + 1, dtype=torch.bool, device=ids.device).tril()
         visible[1:, 0] = False
         pattern = AttentionPattern(visible[None, None], key_bias)
-        states = self._run(ids, positions, pattern)
-        embeds = states[-2].masked_fill((key_bias == float("-inf"))[..., None], 0.0)
-        pooled = states[-1][torch.arange(len(lengths), device=ids.device), lengths]
+        before, last = deque(self._run(ids, positions, pattern), maxlen=2)
+        embeds = before.masked_fill((key_bias == float("-inf"))[..., None], 0.0)
+        pooled = last[torch.arange(len(lengths), device=ids.device), lengths]
         return embeds, key_bias, pooled
 
-    def _run(self, input_ids: Tensor, position_ids: Tensor | None, pattern: AttentionPattern) -> list[Tensor]:
-        """The embedding output, then the output of each layer, [B, S, D] each."""
+    def _run(self, input_ids: Tensor, position_ids: Tensor | None, pattern: AttentionPattern) -> Iterator[Tensor]:
+        """The embedding output, then the output of each layer, [B, S, D] each; what the caller drops is freed."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         rotary = self.rotary_pos_emb(position_ids)
-        states = [self.embedding(input_ids)]
+        state = self.embedding(input_ids)
+        yield state
         for layer in self.encoder.layers:
-            states.append(layer(states[-1], rotary, pattern))
-        return states
+            state = layer(state, rotary, pattern)
+            yield state
+
+    def _stored_state(self) -> dict[str, Tensor]:
+        state = self.state_dict()
+        for name, module in self.named_modules():
+            if isinstance(module, WeightOnlyLinear):
+                del state[f"{name}.scale_bits"]
+                state[f"{name}.weight"] = torch.empty(module.out_features, module.in_features, device="meta")
+        return state
+
+    def _load_tensor(self, key: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        path, _, name = key.rpartition(".")
+        module = self.get_submodule(path)
+        if not (isinstance(module, WeightOnlyLinear) and name == "weight"):
+            return super()._load_tensor(key, value, dtype, device)
+        weight, scale_bits = quantize(value, module.bits, device)
+        return {key: weight, f"{path}.scale_bits": scale_bits}
 
     def _convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Chat checkpoints prefix every key with `transformer.`; newer files may leave out the computed buffer."""

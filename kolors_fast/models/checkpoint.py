@@ -105,6 +105,16 @@ class PretrainedModel(nn.Module):
         return cls(**{k: v for k, v in values.items() if not k.startswith("_")})
 
     @classmethod
+    def empty(cls: type[ModelT], config: Mapping[str, Any], torch_dtype: torch.dtype | None = None) -> ModelT:
+        """A model in eval mode whose weights are on the meta device: shapes and dtypes without memory."""
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        dtype = torch_dtype or torch.float32
+        # not model.to, which would cast tables outside the state dict, too
+        model._apply(lambda value: value.to(dtype) if value.is_meta and value.is_floating_point() else value)
+        return model.eval()
+
+    @classmethod
     def from_pretrained(
         cls: type[ModelT],
         path_or_id: str | os.PathLike[str],
@@ -112,6 +122,7 @@ class PretrainedModel(nn.Module):
         subfolder: str | None = None,
         torch_dtype: torch.dtype | None = None,
         variant: str | None = None,
+        device: torch.device | str | None = None,
     ) -> ModelT:
         """Load a model, in eval mode, from a folder or a Hugging Face Hub id.
 
@@ -120,24 +131,47 @@ class PretrainedModel(nn.Module):
             subfolder: folder inside it, such as "unet".
             torch_dtype: dtype of the floating-point weights; None is float32, as in diffusers.
             variant: middle part of the weight files' names, such as "fp16" in `...model.fp16.safetensors`.
+            device: where the weights go, see `load_weights`.
 
         Raises:
             CheckpointError: a file is missing, truncated, of another class, or has other keys or shapes.
         """
-        config = cls.load_config(path_or_id, subfolder=subfolder)
-        folder, files = _find_weights(cls, path_or_id, subfolder, variant)
-        with torch.device("meta"):
-            model = cls.from_config(config)
-        state = model._convert_state_dict(_read_weights(files))
-        wanted = model.state_dict()
-        state = {k: v for k, v in state.items() if k in wanted or not model._is_unused(k)}
-        _check_state(state, wanted, cls.__name__, folder)
-        dtype = torch_dtype or torch.float32
-        for key, value in state.items():  # one tensor at a time, so that only one exists in both dtypes
-            state[key] = value.to(dtype) if value.is_floating_point() else value
-        model.load_state_dict(state, assign=True)
-        _check_no_meta(model)
-        return model.eval()
+        model = cls.empty(cls.load_config(path_or_id, subfolder=subfolder), torch_dtype)
+        model.load_weights(path_or_id, subfolder=subfolder, variant=variant, device=device)
+        return model
+
+    def load_weights(
+        self,
+        path_or_id: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        variant: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Fill the model from its files, keeping its dtypes.
+
+        The files are mapped, and each tensor goes from there to the device by itself, cast on the way: the host holds
+        one tensor at a time. On a CPU a tensor that needs no cast stays in the mapped file, and is read at first use.
+
+        Args:
+            device: None is the CPU. The others as in `from_pretrained`.
+        """
+        folder, files = _find_weights(type(self), path_or_id, subfolder, variant)
+        stored = self._convert_state_dict(_read_weights(files))
+        wanted = self._stored_state()
+        stored = {k: v for k, v in stored.items() if k in wanted or not self._is_unused(k)}
+        _check_state(stored, wanted, type(self).__name__, folder)
+        device = torch.device(device or "cpu")
+        state: dict[str, Tensor] = {}
+        for key in list(stored):  # taken out, so that a file is unmapped as soon as it has been read
+            state.update(self._load_tensor(key, stored.pop(key), wanted[key].dtype, device))
+        self.load_state_dict(state, assign=True)
+        _check_tables(self)
+        self.to(device)  # tables that no file holds
+
+    def release_weights(self) -> None:
+        """Drop the weights, leaving their shapes and dtypes, until the next `load_weights`."""
+        self.load_state_dict({key: value.to("meta") for key, value in self.state_dict().items()}, assign=True)
 
     def save_pretrained(
         self,
@@ -173,6 +207,14 @@ class PretrainedModel(nn.Module):
     def _convert_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Hook: map the keys of older files to today's names."""
         return state
+
+    def _stored_state(self) -> dict[str, Tensor]:
+        """Hook: keys, shapes and dtypes of the tensors that a file must hold."""
+        return self.state_dict()
+
+    def _load_tensor(self, key: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Hook: state-dict entries on the device from a tensor of the file; `dtype` is that of `_stored_state`."""
+        return {key: value.to(device, dtype if value.is_floating_point() else value.dtype)}
 
     def _config_to_save(self) -> dict[str, Any]:
         """Hook: the content of the config file."""
@@ -328,8 +370,10 @@ def _check_state(state: dict[str, Tensor], wanted: dict[str, Tensor], name: str,
         raise CheckpointError(f"the weights in {folder} do not fit the config of {name}: {_some(wrong, quote='')}")
 
 
-def _check_no_meta(model: nn.Module) -> None:
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+def _check_tables(model: nn.Module) -> None:
+    """No file holds the tables outside the state dict."""
+    held = model.state_dict()
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in held]
     if left:
         raise RuntimeError(f"{type(model).__name__} must create {_some(left)} with device='cpu': no file holds it")
 

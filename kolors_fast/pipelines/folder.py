@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..assets import BUNDLED, bundled
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.chatglm import ChatGLM
 from ..models.chatglm_tokenizer import ChatGLMTokenizer
-from ..models.checkpoint import CheckpointError, model_folder, read_json, write_file
+from ..models.checkpoint import CheckpointError, Config, PretrainedModel, model_folder, read_json, write_file
 from ..models.unet import KolorsUNet
 
 INDEX = "model_index.json"
@@ -28,12 +29,27 @@ COMPONENTS: dict[str, tuple[str, str, Any]] = {
 }
 
 
+def load_configs(path_or_id: str | os.PathLike[str]) -> dict[str, Config]:
+    """The configs of the models of a pipeline's folder, by component."""
+    path_or_id = _resolved(path_or_id)
+    models = {name: kind for name, (_, _, kind) in COMPONENTS.items() if kind is not ChatGLMTokenizer}
+    return {name: kind.load_config(path_or_id, subfolder=name) for name, kind in models.items()}
+
+
 def load_components(
-    path_or_id: str | os.PathLike[str], torch_dtype: torch.dtype | None, variant: str | None
+    path_or_id: str | os.PathLike[str],
+    torch_dtype: torch.dtype | None,
+    variant: str | None,
+    device: torch.device | str | None = None,
+    quantization: str | None = None,
+    *,
+    with_weights: bool = True,
 ) -> dict[str, Any]:
-    """The constructor arguments of a pipeline, from a folder, a Hub id or the name of a bundled model."""
-    if str(path_or_id) in BUNDLED and not Path(path_or_id).exists():
-        path_or_id = bundled(str(path_or_id))
+    """The constructor arguments of a pipeline, from a folder, a Hub id or the name of a bundled model.
+
+    Without weights, the models are empty, to be filled by `load_weights`.
+    """
+    path_or_id = _resolved(path_or_id)
     index_file = model_folder(path_or_id, None, [INDEX]) / INDEX
     index = read_json(index_file)
     loaded: dict[str, Any] = {}
@@ -41,8 +57,14 @@ def load_components(
         named = _class_named(index, name, index_file)
         if named not in (theirs, ours.__name__):
             raise CheckpointError(f"{index_file}: {name}: expected the class {theirs}, got {named}")
-        weights = {} if ours is ChatGLMTokenizer else {"torch_dtype": torch_dtype, "variant": variant}
-        loaded[name] = ours.from_pretrained(path_or_id, subfolder=name, **weights)
+        if ours is ChatGLMTokenizer:
+            loaded[name] = ours.from_pretrained(path_or_id, subfolder=name)
+            continue
+        loaded[name] = ours.empty(ours.load_config(path_or_id, subfolder=name), torch_dtype)
+        if ours is ChatGLM and quantization is not None:
+            loaded[name].quantize_(quantization)
+        if with_weights:
+            loaded[name].load_weights(path_or_id, subfolder=name, variant=variant, device=device)
     named = _class_named(index, "scheduler", index_file)
     kind = getattr(schedulers, named, None) if named in schedulers.__all__ else None
     if kind is None:
@@ -54,6 +76,17 @@ def load_components(
             warnings.warn(f"{index_file}: {name} is not loaded, for image prompts are not supported", stacklevel=3)
     loaded["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", False))
     return loaded
+
+
+def weights_loader(
+    path_or_id: str | os.PathLike[str], variant: str | None, device: torch.device | str | None
+) -> Callable[[str, PretrainedModel], None]:
+    """What fills an empty component, named as in the folder."""
+
+    def load(name: str, model: PretrainedModel) -> None:
+        model.load_weights(_resolved(path_or_id), subfolder=name, variant=variant, device=device)
+
+    return load
 
 
 def save_components(pipeline: Any, folder: str | os.PathLike[str], variant: str | None) -> None:
@@ -71,6 +104,12 @@ def save_components(pipeline: Any, folder: str | os.PathLike[str], variant: str 
     index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
     index["force_zeros_for_empty_prompt"] = pipeline.config.force_zeros_for_empty_prompt
     write_file(target / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _resolved(path_or_id: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The folder of a bundled model, unless there is a folder of that name."""
+    is_bundled = str(path_or_id) in BUNDLED and not Path(path_or_id).exists()
+    return bundled(str(path_or_id)) if is_bundled else path_or_id
 
 
 def _class_named(index: dict[str, Any], name: str, index_file: Path) -> str:

@@ -36,8 +36,9 @@ from .checks import (
     check_unsupported,
     expect,
 )
-from .folder import load_components, save_components
+from .folder import load_components, load_configs, save_components, weights_loader
 from .images import to_pictures
+from .memory import Plan, Turns, plan_memory
 from .run import Run
 from .text import Text, TextFeatures, read_guided
 
@@ -88,6 +89,8 @@ class KolorsPipeline:
         self._num_timesteps = 0
         self._interrupt = False
         self._graphs: StepGraphs | None = None
+        self._turns: Turns | None = None
+        self.memory_plan: Plan | None = None
 
     @classmethod
     def from_pretrained(
@@ -95,15 +98,51 @@ class KolorsPipeline:
         path_or_id: str | os.PathLike[str],
         torch_dtype: torch.dtype | None = None,
         variant: str | None = None,
+        *,
+        device: torch.device | str | None = None,
+        text_encoder_quantization: str | None = None,
+        memory_limit: int | str | Plan | None = None,
     ) -> Self:
         """Load a folder in diffusers' layout, a Hub id, or a bundled model by its name ("kolors-tiny").
 
-        Raises CheckpointError (an OSError) for a missing, broken or unsuitable file.
+        Args:
+            path_or_id: as said above.
+            torch_dtype: of all models; None is float32.
+            variant: middle part of the weight files' names, such as "fp16".
+            device: where the weights go, one tensor at a time; None is the CPU.
+            text_encoder_quantization: "int8" or "int4", see `ChatGLM.quantize_`.
+            memory_limit: bytes or text such as "8GiB" for all that the process holds on the device, for one picture
+                of the UNet's own size; or a Plan by `plan_memory` for another size or number. `memory_plan` tells the
+                choice. Where it is one model after the other, each is read from its files when its turn comes.
+
+        Raises:
+            CheckpointError (an OSError): a file is missing, broken or unsuitable.
+            ValueError: the memory limit is malformed or too small.
         """
-        return cls(**load_components(path_or_id, torch_dtype, variant))
+        plan = memory_limit
+        if plan is not None and not isinstance(plan, Plan):
+            plan = plan_memory(
+                plan,
+                load_configs(path_or_id),
+                dtype=torch_dtype or torch.float32,
+                device=device or "cpu",
+                quantization=text_encoder_quantization,
+            )
+        quantization = text_encoder_quantization if plan is None else plan.quantization
+        at_once = plan is None or not plan.one_by_one
+        parts = load_components(path_or_id, torch_dtype, variant, device, quantization, with_weights=at_once)
+        pipeline = cls(**parts)
+        pipeline.memory_plan = plan
+        if not at_once:
+            models = {name: parts[name] for name in ("text_encoder", "unet", "vae")}
+            pipeline._turns = Turns(models, weights_loader(path_or_id, variant, device), torch.device(device or "cpu"))
+        if plan is not None and plan.tiled:
+            parts["vae"].enable_tiling()
+        return pipeline
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, variant: str | None = None) -> None:
         """Write the pipeline in diffusers' layout."""
+        self._check_present("save_pretrained")
         save_components(self, folder, variant)
 
     @property
@@ -113,13 +152,14 @@ class KolorsPipeline:
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
         """Move and cast the models, as `nn.Module.to` does."""
+        self._check_present("to")
         for model in (self.vae, self.text_encoder, self.unet):
             model.to(*args, **kwargs)
         return self
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.unet.device if self._turns is None else self._turns.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,8 +172,10 @@ class KolorsPipeline:
         guidance on or off; what each costs in memory is logged (`logging`, level INFO).
 
         Raises:
-            ValueError: the pipeline is not on a CUDA device.
+            ValueError: the pipeline is not on a CUDA device, or under a memory limit, which counts no graphs.
         """
+        if self.memory_plan is not None:
+            raise ValueError("enable_cuda_graphs: expected a pipeline without a memory limit, got one with a plan")
         if self.device.type != "cuda":
             raise ValueError(f"enable_cuda_graphs: expected a pipeline on a CUDA device, got one on {self.device}")
         self._graphs = StepGraphs(self.unet, keep=keep)
@@ -141,6 +183,15 @@ class KolorsPipeline:
     def disable_cuda_graphs(self) -> None:
         """Launch every kernel by itself, and free the graphs."""
         self._graphs = None
+
+    def _turn(self, name: str | None) -> None:
+        """Under a plan of one model after the other, have this one's weights here and no other's."""
+        if self._turns is not None:
+            self._turns.turn(name)
+
+    def _check_present(self, name: str) -> None:
+        if self._turns is not None:
+            raise ValueError(f"{name}: expected a pipeline whose models are resident, got one after the other")
 
     def set_progress_bar_config(self, **kwargs: Any) -> None:
         """Arguments of tqdm for the denoising bar, such as disable=True."""
@@ -239,6 +290,7 @@ class KolorsPipeline:
             for side, unit in zip((height, width), _pair(self.default_sample_size), strict=True)
         )
         repeats = 1 if num_images_per_prompt is None else num_images_per_prompt
+        self._turn(None)  # a call that failed left one there
         check_components(self.unet, self.text_encoder, self.vae, self.scheduler)
         check_size(height, width, self.vae_scale_factor)
         check_prompts(prompt, negative_prompt)
@@ -276,6 +328,7 @@ class KolorsPipeline:
         sample = self.prepare_latents(
             len(positive), channels, height, width, self.dtype, self.device, generator, latents
         )
+        self._turn("unet")
         run = Run(self, table.timesteps, lora_scale(cross_attention_kwargs), callback_on_step_end, names)
         run.condition(positive, negative, time_ids, negative_time_ids)
         self._num_timesteps = stop
@@ -292,6 +345,7 @@ class KolorsPipeline:
                 step=None if self._graphs is None else run.step_by(self._graphs, table),
             )
         images = sample if output_type == "latent" else to_pictures(self._decode(sample), output_type)
+        self._turn(None)
         return KolorsPipelineOutput(images) if return_dict else (images,)
 
     def encode_prompt(
@@ -346,6 +400,8 @@ class KolorsPipeline:
             if isinstance(given, TextFeatures):
                 check_dtype(name, given.embeds, self.unet)
                 check_dtype(name.replace("prompt", "pooled_prompt"), given.pooled, self.unet)
+        if any(given is not None and not isinstance(given, TextFeatures) for given in (prompt, negative)):
+            self._turn("text_encoder")
         positive, beside = read_guided(self.tokenizer, self.text_encoder, prompt, negative, max_length, zeros=zeros)
         rows = torch.arange(len(positive)).repeat_interleave(repeats)
         positive = positive.to(self.device).select(rows.to(self.device))
@@ -412,6 +468,7 @@ class KolorsPipeline:
         """Latents [B, C, h, w] to images [B, 3, H, W] in about [-1, 1], in the autoencoder's dtype."""
         if not torch.isfinite(latents).all():
             raise RuntimeError(f"the denoised latents hold NaN or infinity in {latents.dtype}; bfloat16 has more range")
+        self._turn("vae")
         scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(scaled, return_dict=False)[0]
 

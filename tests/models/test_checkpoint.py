@@ -8,6 +8,8 @@ import os
 import pickle
 import re
 import shutil
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,67 @@ def test_torch_dtype(folder: Path, model: Ours) -> None:
     loaded.save_pretrained(folder)
     assert load_file(folder / "diffusion_pytorch_model.safetensors")["first.weight"].dtype == torch.float16
     assert Ours.from_pretrained(folder).dtype == Theirs.from_pretrained(folder).dtype == torch.float32
+
+
+def mapped(value: Tensor) -> bool:
+    """Whether the tensor lies in a mapped safetensors file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if start <= value.data_ptr() < end:
+            return line.endswith(".safetensors")
+    raise AssertionError("no mapping holds the tensor")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_weights_stay_in_the_mapped_file_unless_cast(folder: Path) -> None:
+    as_stored, cast = Ours.from_pretrained(folder), Ours.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert all(mapped(value) for value in as_stored.state_dict().values())
+    assert not any(mapped(value) for value in cast.state_dict().values() if value.is_floating_point())
+
+
+def test_editing_a_mapped_weight_leaves_the_file_alone(folder: Path, model: Ours) -> None:
+    loaded = Ours.from_pretrained(folder)
+    nn.init.ones_(loaded.first.weight)
+    assert torch.equal(Ours.from_pretrained(folder).first.weight, model.first.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_one_tensor_at_a_time_goes_to_the_device(
+    folder: Path, model: Ours, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Each tensor is dropped by the loader before the next is read from the file."""
+    model.save_pretrained(folder, max_shard_size=400)
+    source: list[weakref.ref[Tensor]] = []
+    load = Ours._load_tensor
+
+    def record(self: Ours, key: str, value: Tensor, *others: Any) -> dict[str, Tensor]:
+        assert not any(ref() is not None for ref in source)
+        source.append(weakref.ref(value))
+        return load(self, key, value, *others)
+
+    monkeypatch.setattr(Ours, "_load_tensor", record)
+    loaded = Ours.from_pretrained(folder, device="meta", torch_dtype=dtype)
+    assert len(source) == 5 and {value.device.type for value in loaded.state_dict().values()} == {"meta"}
+    assert (loaded.dtype, loaded.count.dtype) == (dtype, torch.int64)
+
+
+def test_weights_come_and_go(folder: Path, model: Ours) -> None:
+    other = Ours.empty(model.config, torch.float16)
+    assert (other.device.type, other.dtype, other.count.dtype, other.training) == (
+        "meta",
+        torch.float16,
+        torch.int64,
+        False,
+    )
+    for _ in range(2):
+        other.load_weights(folder)
+        assert torch.equal(other.second.weight, model.second.weight.half())
+        other.release_weights()
+        assert {value.device.type for value in other.state_dict().values()} == {"meta"} and other.dtype == torch.float16
+    nn.init.ones_(model.first.weight)
+    model.save_pretrained(folder)
+    other.load_weights(folder)
+    assert (other.first.weight == 1).all()
 
 
 def test_saves_views_and_channels_last(model: Ours, tmp_path: Path) -> None:
