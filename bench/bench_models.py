@@ -1,4 +1,4 @@
-"""One UNet step and one whole picture: ours beside diffusers eager and diffusers under torch.compile.
+"""Models and their parts: ours beside diffusers eager and diffusers under torch.compile, and each saving left out.
 
     pytest bench/bench_models.py --benchmark-only
 
@@ -7,9 +7,13 @@ The providers of a group share weights and inputs, and must agree before any of 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +21,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kolors_fast import AutoencoderKL, ChatGLM, ChatGLMTokenizer, KolorsPipeline, KolorsUNet
+from kolors_fast import AutoencoderKL, ChatGLM, ChatGLMTokenizer, KolorsPipeline, KolorsUNet, without
 from kolors_fast.assets import bundled
+from kolors_fast.models.unet_blocks import TransformerBlock
+from kolors_fast.models.unet_conditioning import Conditioning, Prompt, balanced, collapse_pads
 from kolors_fast.ops import use_backend
+from kolors_fast.savings import SAVINGS
 
 diffusers = pytest.importorskip("diffusers", reason="the rival is diffusers, which is not installed")
+
+PROMPT = "红色圆形在蓝色方块左边"
 
 # Kolors' architecture at 33M parameters, so that a CPU takes a step in a fraction of a second
 SMALL_UNET = {
@@ -42,50 +51,210 @@ SMALL_UNET = {
     "encoder_hid_dim": 512,
     "encoder_hid_dim_type": "text_proj",
 }
+KOLORS_UNET = {
+    **SMALL_UNET,
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 5632,
+    "encoder_hid_dim": 4096,
+}
 PROVIDERS = ("diffusers", "diffusers_compile", "reference", "kolors_fast")
+EACH_OFF = [f"without {name}" for name in SAVINGS if name != "step_table"]  # a step alone has no table of steps
+TOLERANCE = {torch.float32: {"rtol": 1e-3, "atol": 1e-4}, torch.bfloat16: {"rtol": 0.1, "atol": 0.1}}
+REAL_TOKENS = 20  # of 256, the others are pads: equal states
 
 
-def _unet_inputs(device: str) -> dict[str, Any]:
+def _unet_inputs(config: dict[str, Any], side: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
+    width = config["encoder_hid_dim"]
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
+    text = normal(2, 256, width)
+    text[:, : 256 - REAL_TOKENS] = text[:, :1]
     return {
-        "sample": normal(2, 4, 32, 32),
+        "sample": normal(2, 4, side, side),
         "timestep": torch.tensor(500, device=device),
-        "encoder_hidden_states": normal(2, 256, 512),
+        "encoder_hidden_states": text,
         "added_cond_kwargs": {
-            "text_embeds": normal(2, 512),
-            "time_ids": torch.tensor([[256.0, 256, 0, 0, 256, 256]] * 2, device=device),
+            "text_embeds": normal(2, width),
+            "time_ids": torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]] * 2, device=device),
         },
         "return_dict": False,
     }
 
 
+def _step_of(config: dict[str, Any], side: int, device: str, dtype: torch.dtype, selected: set[str]) -> dict[str, Any]:
+    """One UNet step by every provider, each on a model of its own: switching a saving off stores weights anew."""
+    torch.manual_seed(0)
+    inputs = _unet_inputs(config, side, device, dtype)
+    rival = diffusers.UNet2DConditionModel(**config).eval().to(device, dtype)
+
+    def ours() -> Any:
+        model = KolorsUNet(**config).eval().to(device, dtype)
+        model.load_state_dict(rival.state_dict())
+        return partial(model, **inputs)
+
+    def compiled(**options: Any) -> Callable[[], Any]:
+        torch.compiler.reset()
+        return lambda: partial(torch.compile(rival, **options), **inputs)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "diffusers": lambda: partial(rival, **inputs),
+        "diffusers_compile": compiled(),
+        "diffusers_max_autotune": compiled(mode="max-autotune-no-cudagraphs" if device == "cpu" else "max-autotune"),
+        "reference": lambda: _without(SAVINGS, ours()),
+        "kolors_fast": ours,
+        **{name: partial(lambda n: _without([n.partition(" ")[2]], ours()), name) for name in EACH_OFF},
+    }
+    chosen = {name: make() for name, make in calls.items() if name in selected or name == "diffusers"}
+    return _agreeing(chosen, **TOLERANCE[dtype])
+
+
+def _without(names: Iterable[str], call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with without(*names):
+            return call()
+
+    return run
+
+
+@pytest.mark.parametrize("provider", [*PROVIDERS[:2], "diffusers_max_autotune", *PROVIDERS[2:], *EACH_OFF])
+def test_unet_step(race: Any, provider: str, device: str, selected: set[str]) -> None:
+    if device == "cpu":
+        group = "UNet step, 33M, latent 32x32, CFG batch 2, 20 of 256 text tokens, float32"
+        race(
+            group, provider, lambda: _step_of(SMALL_UNET, 32, device, torch.float32, selected), rounds=15, iterations=2
+        )
+    else:
+        group = "UNet step, Kolors 2.58B, 1024x1024, CFG batch 2, 20 of 256 text tokens, bfloat16"
+        race(
+            group,
+            provider,
+            lambda: _step_of(KOLORS_UNET, 128, device, torch.bfloat16, selected),
+            rounds=15,
+            memory=True,
+        )
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_unet_step(race: Any, provider: str, device: str) -> None:
+def test_host_overhead_of_a_step(race: Any, provider: str, device: str, selected: set[str]) -> None:
+    """A latent of 4x4, whose kernels take next to nothing: what is left is the host."""
+    race(
+        "UNet step, 33M, latent 4x4: host",
+        provider,
+        lambda: _step_of(SMALL_UNET, 4, device, torch.float32, selected),
+        rounds=15,
+    )
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_transformer_block(race: Any, provider: str, device: str) -> None:
+    """Kolors' own sizes on a GPU, those of the 33M UNet on a CPU; the prompt is read beforehand, as in a run."""
+    tokens, dim, heads, text, dtype = (
+        (64, 256, 4, 256, torch.float32) if device == "cpu" else (1024, 1280, 20, 2048, torch.bfloat16)
+    )
+
     def line_up() -> dict[str, Any]:
         torch.manual_seed(0)
-        inputs = _unet_inputs(device)
-        rival = diffusers.UNet2DConditionModel(**SMALL_UNET).eval().to(device)
-        ours = KolorsUNet(**SMALL_UNET).eval().to(device, memory_format=torch.channels_last)
-        ours.load_state_dict(rival.state_dict())
-        torch.compiler.reset()
-        models = {"diffusers": rival, "diffusers_compile": torch.compile(rival), "reference": ours, "kolors_fast": ours}
-        return _agreeing({name: partial(model, **inputs) for name, model in models.items()}, rtol=1e-3, atol=1e-4)
+        from diffusers.models.attention import BasicTransformerBlock
 
-    race("UNet step, 33M, latent 32x32, CFG batch 2, 256 text tokens", provider, line_up, rounds=15)
+        rival = BasicTransformerBlock(dim, heads, dim // heads, cross_attention_dim=text, activation_fn="geglu")
+        rival = rival.eval().to(device, dtype)
+        ours = TransformerBlock(dim, heads, text).eval().to(device, dtype)
+        ours.load_state_dict(rival.state_dict())
+        x = torch.randn(2, tokens, dim, device=device, dtype=dtype)
+        states = torch.randn(2, 256, text, device=device, dtype=dtype)
+        states[:, : 256 - REAL_TOKENS] = states[:, :1]
+        with torch.no_grad():
+            short, bias = collapse_pads(states)  # type: ignore[misc]
+            prompt = Prompt(short, balanced(bias, dtype), x, [ours.attn2])
+        cond = Conditioning(prompt, {})
+
+        def block() -> list[Tensor]:
+            return [torch.add(*ours(x, None, cond))]
+
+        torch.compiler.reset()
+        compiled = torch.compile(rival)
+        calls = {
+            "diffusers": lambda: [rival(x, encoder_hidden_states=states)],
+            "diffusers_compile": lambda: [compiled(x, encoder_hidden_states=states)],
+            "reference": block,
+            "kolors_fast": block,
+        }
+        return _agreeing(
+            calls, **({"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1})
+        )
+
+    group = f"transformer block 2x{tokens}x{dim}, 20 of 256 text tokens, {dtype}".replace("torch.", "")
+    race(group, provider, line_up, rounds=20, iterations=5, graph=True)
+
+
+@pytest.mark.parametrize("provider", ["diffusers", "kolors_fast_full", "kolors_fast"])
+def test_text_encoding(race: Any, provider: str, device: str) -> None:
+    """The bundled encoder on a prompt and an empty one: 256 tokens each, or as many as there are and one pad."""
+
+    def line_up() -> dict[str, Any]:
+        from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+
+        folder = bundled("kolors-tiny")
+        ours = ChatGLM.from_pretrained(folder, subfolder="text_encoder", torch_dtype=torch.float32).to(device)
+        tokenizer = ChatGLMTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        known = set(ChatGLMConfig().to_dict())
+        config = {k: v for k, v in ours.config.items() if k in known or k in ("use_cache",)}
+        rival = ChatGLMModel(ChatGLMConfig(**config), empty_init=False).float().eval().to(device)
+        rival.load_state_dict(ours.state_dict(), strict=False)
+        tokens = tokenizer([PROMPT, ""], padding="max_length", max_length=256, truncation=True).to(device)
+
+        def theirs() -> list[Tensor]:
+            states = rival(**tokens, output_hidden_states=True).hidden_states
+            return [states[-1][-1]]  # the pooled text
+
+        calls = {
+            "diffusers": theirs,
+            "kolors_fast_full": lambda: [ours.text_features(**tokens)[1]],
+            "kolors_fast": lambda: [ours.text_features_collapsed(**tokens)[2]],
+        }
+        return _agreeing(calls, rtol=1e-3, atol=1e-3)
+
+    race("text encoding, bundled model, one prompt and the empty one", provider, line_up, rounds=15)
+
+
+@pytest.mark.parametrize("provider", ["diffusers", "diffusers_compile", "kolors_fast"])
+def test_first_picture_of_a_process(race: Any, provider: str, device: str) -> None:
+    """From starting Python to the picture: imports, loading, compiling, one picture of the bundled model."""
+    theirs = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench_models as b; "
+    scripts = {
+        "diffusers": theirs + "b._picture(b._diffusers_pipeline(False))",
+        "diffusers_compile": theirs + "b._picture(b._diffusers_pipeline(True))",
+        "kolors_fast": "from kolors_fast import KolorsPipeline as P; "
+        f"P.from_pretrained('kolors-tiny')({PROMPT!r}, num_inference_steps=25)",
+    }
+
+    def start(code: str) -> None:
+        environment = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
+
+    def line_up() -> dict[str, Any]:
+        return {name: (partial(start, script), None) for name, script in scripts.items()}
+
+    race("first picture of a process, bundled model, 25 steps", provider, line_up, rounds=3)
 
 
 def _agreeing(calls: dict[str, Callable[[], Any]], **tolerance: float) -> dict[str, Any]:
     """The providers of a race, if the first output of each is the first provider's."""
     providers = {name: (call, "reference" if name == "reference" else None) for name, call in calls.items()}
-    outputs = []
+    first = None
     for call, backend in providers.values():
         with torch.no_grad(), use_backend(backend):
-            outputs.append(call()[0])
-        torch.testing.assert_close(outputs[-1], outputs[0], **tolerance)
+            output = call()[0].float()
+        first = output if first is None else first
+        torch.testing.assert_close(output, first, **tolerance)
     return providers
 
 
@@ -102,16 +271,16 @@ def _diffusers_pipeline(compiled: bool) -> Any:
     )
 
 
-def _picture(pipeline: Any) -> np.ndarray[Any, Any]:
+def _picture(pipeline: Any) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         images = pipeline(
-            "红色圆形在蓝色方块左边",
+            PROMPT,
             num_inference_steps=25,
             generator=torch.Generator().manual_seed(0),
             output_type="np",
         ).images
-    return np.asarray(images)
+    return torch.from_numpy(np.asarray(images))
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -125,12 +294,14 @@ def test_whole_picture(race: Any, provider: str, device: str) -> None:
         pipelines = {
             "diffusers": _diffusers_pipeline(compiled=False),
             "diffusers_compile": _diffusers_pipeline(compiled=True),
-            "reference": ours,
+            "reference": KolorsPipeline.from_pretrained(bundled("kolors-tiny"), torch_dtype=torch.float32),
             "kolors_fast": ours,
         }
         for pipeline in pipelines.values():
             pipeline.set_progress_bar_config(disable=True)
-        return _agreeing({n: partial(_picture, p) for n, p in pipelines.items()}, rtol=0, atol=1e-2)
+        calls = {name: partial(_picture, pipeline) for name, pipeline in pipelines.items()}
+        calls["reference"] = _without(SAVINGS, calls["reference"])
+        return _agreeing(calls, rtol=0, atol=1e-2)
 
     side = 8 * KolorsUNet.load_config(bundled("kolors-tiny"), subfolder="unet")["sample_size"]
     race(f"one {side}x{side} picture, bundled model, 25 steps, CFG", provider, line_up, rounds=5)

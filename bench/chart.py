@@ -17,6 +17,7 @@ COLOURS = {
     "reference": "#c4b5a0", "cpu": "#1a73e8", "kolors_fast": "#1a73e8", "triton": "#e8710a", "cuda": "#188038",
     "triton_epilogue": "#f9ab00", "liger": "#a142f4", "sdpa": "#12b5cb", "flash_attn": "#e52592",
     "flash_attn_3": "#9c166b", "xformers": "#7cb342", "kolors_fast_tiled": "#8ab4f8",
+    "diffusers_max_autotune": "#3c4043", "kolors_fast_full": "#8ab4f8", "without": "#aecbfa",
 }  # fmt: skip
 BAR, GAP, TEXT, SCALE, FONT = 12, 10, 460, 90, 11
 
@@ -32,8 +33,8 @@ def chart(report: dict[str, Any]) -> str:
     for group, providers in groups.items():
         lines.append(_text(TEXT - 8, y + BAR * len(providers) / 2 + 4, group.replace("torch.", ""), "end"))
         for name, speedup in providers:
-            colour = COLOURS[name]
-            lines.append(f'<rect x="{TEXT}" y="{y}" width="{speedup * SCALE:.1f}" height="{BAR - 2}" fill="{colour}"/>')
+            bar = f'width="{speedup * SCALE:.1f}" height="{BAR - 2}" fill="{colour(name)}"'
+            lines.append(f'<rect x="{TEXT}" y="{y}" {bar}/>')
             lines.append(_text(TEXT + speedup * SCALE + 4, y + BAR - 3, f"{name} {speedup:.2f}", "start"))
             y += BAR
         y += GAP
@@ -46,6 +47,10 @@ def chart(report: dict[str, Any]) -> str:
     size = f'width="{width:.0f}" height="{y + 20}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}><rect width="100%" height="100%" fill="white"/>'
     return "\n".join([head, *lines, one, "</svg>"])
+
+
+def colour(provider: str) -> str:
+    return COLOURS[provider.partition(" ")[0]]
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

@@ -223,6 +223,12 @@ def device() -> str:
 
 
 @pytest.fixture(scope="session")
+def selected() -> set[str]:
+    """The providers that this run asks for."""
+    return SELECTED
+
+
+@pytest.fixture(scope="session")
 def roof(device: str) -> Callable[[torch.dtype], tuple[float, float]]:
     """dtype -> bytes copied (read and written) and operations of a matrix product, each a second, measured here."""
 

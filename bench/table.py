@@ -12,7 +12,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-ORDER = ("eager", "diffusers", "compile", "diffusers_compile", "reference", "cpu", "triton", "cuda", "kolors_fast")
+ORDER = (
+    "eager", "diffusers", "compile", "diffusers_compile", "diffusers_max_autotune",
+    "reference", "cpu", "triton", "cuda", "kolors_fast",
+)  # fmt: skip
 
 
 def table(report: dict[str, Any]) -> str:

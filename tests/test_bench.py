@@ -17,7 +17,14 @@ import table
 from kolors_fast.ops import SPECS, _backends
 
 GROUPS = {
-    "models": ("diffusers", "diffusers_compile", "reference", "kolors_fast", "kolors_fast_tiled"),
+    "models": (
+        "diffusers",
+        "diffusers_compile",
+        "diffusers_max_autotune",
+        "reference",
+        "kolors_fast",
+        "kolors_fast_tiled",
+    ),
     **{name: ("eager", "compile", *reversed(_backends.BACKENDS), *peers.PEERS.get(name, ())) for name in SPECS},
 }
 
@@ -55,5 +62,5 @@ def test_the_table_has_a_cell_for_every_provider_and_the_rival_first(report: dic
 def test_the_chart_tells_the_providers_of_a_group_apart(report: dict[str, Any]) -> None:
     drawn = chart.chart(report)
     for names in GROUPS.values():
-        assert len({chart.COLOURS[name] for name in names}) == len(names)
+        assert len({chart.colour(name) for name in names}) == len(names)
     assert drawn.count("<rect") == 1 + len(report["benchmarks"])

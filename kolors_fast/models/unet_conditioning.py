@@ -228,8 +228,8 @@ def collapse_pads(text: Tensor) -> tuple[Tensor, Tensor] | None:
         text: [B, S, D], padded on the left. Asks the device how many states are equal, which waits for it.
 
     Returns:
-        [B, K, D] with K <= S: the pad, then the other states, then zeros; and [B, K] in at least fp32: ln(m), then 0, then
-        -inf for the zeros. None where no prompt gets shorter.
+        [B, K, D] with K <= S: the pad, then the other states, then zeros; and [B, K] in at least fp32: ln(m), then 0,
+        then -inf for the zeros. None where no prompt gets shorter.
     """
     samples, length, _ = text.shape
     if length < 3:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,17 +165,16 @@ def plans(
     features = 2 * pictures * MAX_TEXT * unet_model.config.encoder_hid_dim * dtype.itemsize
 
     unet = _unet(unet_model, pictures, h, w)
-    tilings = (False, True) if hasattr(AutoencoderKL, "enable_tiling") else (False,)
-    vaes = [_vae(vae_model, pictures, h, w, tiled) for tiled in tilings]
+    vaes = [_vae(vae_model, pictures, h, w, tiled) for tiled in (False, True)]
     for bits in (None, "int8", "int4") if quantization is None else (quantization,):
         encoder = _text_encoder(configs["text_encoder"], dtype, pictures, bits)
         for one_by_one in (False, True) if bits == quantization else (True,):
-            for tiled, vae in zip(tilings, vaes, strict=True):
+            for tiled, vae in enumerate(vaes):
                 yield Plan(
                     models=(encoder, unet, vae),
                     one_by_one=one_by_one,
                     quantization=bits,
-                    tiled=tiled,
+                    tiled=bool(tiled),
                     features=2 * features,  # as read, and stacked for the UNet
                     device=kind,
                     picture=f"{pictures} picture{'s'[: pictures > 1]} of {height}x{width} in {_kind(dtype)}",
@@ -216,7 +215,7 @@ def _unet(model: KolorsUNet, pictures: int, height: int, width: int) -> Model:
 def _vae(model: AutoencoderKL, pictures: int, height: int, width: int, tiled: bool) -> Model:
     model = AutoencoderKL.empty(model.config, model.dtype)
     if tiled:
-        cast(Any, model).enable_tiling()
+        model.enable_tiling()
 
     def decode(model: AutoencoderKL) -> Any:
         return model.decode(torch.zeros(pictures, model.config.latent_channels, height, width, dtype=model.dtype))
