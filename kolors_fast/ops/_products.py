@@ -32,11 +32,9 @@ _packed = Derived(PACKED_LIMIT)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias: `F.linear` by the fastest library at hand."""
-    if _chooses(x, weight, bias) and x.dim() > 1:
-        width, depth = weight.shape
-        if choose("linear", x.numel() // depth, depth, width) == "onednn":
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-            return y
+    if _chooses(x, weight, bias) and _of_linear(x.shape, weight.shape) == "onednn":
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return y
     return F.linear(x, weight, bias)
 
 
@@ -44,19 +42,39 @@ def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Sequence[int] = (1, 1), padding: Any = (0, 0)
 ) -> Tensor:
     """`F.conv2d` without dilation and groups, by the fastest library at hand."""
-    nhwc = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)  # what the measured kernels read
-    if nhwc and _chooses(x, weight, bias) and not isinstance(padding, str):
-        width, depth = weight.shape[0], math.prod(weight.shape[1:])
-        pixels = x.shape[0] * x.shape[2] * x.shape[3] // (stride[0] * stride[1])
-        if choose("conv2d", pixels, depth, width) == "packed":
-            places = list(padding), list(stride), [1, 1], 1
-            packed = _packed.get(
-                weight, lambda: torch.ops.mkldnn._reorder_convolution_weight(weight, *places, [*x.shape])
+    if (
+        _chooses(x, weight, bias)
+        and x.is_contiguous(memory_format=torch.channels_last)  # what was measured
+        and _of_conv2d(x.shape, weight.shape, stride[0] * stride[1]) == "packed"
+        and not isinstance(padding, str)
+    ):
+        packed = _packed.get(weight, lambda: _pack(weight, stride, padding, x.shape))
+        if packed is not None:
+            y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+                x, packed, bias, padding, stride, (1, 1), 1, "none", [], ""
             )
-            if packed is not None:
-                y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *places, "none", [], "")
-                return y
+            return y
     return F.conv2d(x, weight, bias, stride, padding)
+
+
+def _pack(weight: Tensor, stride: Sequence[int], padding: Sequence[int], shape: torch.Size) -> Tensor:
+    """The weight as oneDNN reads it for any input: only its own shape and layout decide."""
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, shape)
+    return packed
+
+
+@cache
+def _of_linear(x: torch.Size, weight: torch.Size) -> str:
+    if len(x) < 2:
+        return "torch"
+    return choose("linear", math.prod(x[:-1]), weight[1], weight[0])
+
+
+@cache
+def _of_conv2d(x: torch.Size, weight: torch.Size, strides: int) -> str:
+    if len(x) != 4:
+        return "torch"
+    return choose("conv2d", x[0] * x[2] * x[3] // strides, math.prod(weight[1:]), weight[0])
 
 
 # ---- the choice
@@ -107,7 +125,7 @@ def _chooses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.numel() > 0
         and savings.on("products")
         and _backends.forced() != "reference"
+        and not (torch.is_grad_enabled() and _library.wants_grad((x, weight, bias)))
         and not _library.tracing(x, weight, bias)
-        and not _library.wants_grad((x, weight, bias))
         and not torch.is_autocast_enabled("cpu")
     )

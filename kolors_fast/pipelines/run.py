@@ -94,6 +94,8 @@ class Run:
 
     def plan(self, dtype: torch.dtype, keys_multiple: int = 1) -> Steps:
         """What prompts and timesteps come to: computed once, and again where a callback has changed something."""
+        if self.steps is not None and self.callback is None and savings.on("prompt_cache"):
+            return self.steps  # there is nobody to change anything between two steps
         unet, prompt = self.pipeline.unet, self._prompt(dtype, keys_multiple)
         if self.steps is None or not unet.follows(self.steps, prompt):
             self.steps = unet.plan_steps(self.timesteps, prompt)
