@@ -159,6 +159,12 @@ class KolorsPipeline:
         return self
 
     @property
+    def default_size(self) -> Size:
+        """(height, width) in pixels: the UNet's own size."""
+        height, width = _pair(self.default_sample_size)
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    @property
     def device(self) -> torch.device:
         return self.unet.device if self._turns is None else self._turns.device
 
@@ -289,8 +295,7 @@ class KolorsPipeline:
         """
         names = tuple(getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs))
         height, width = (
-            unit * self.vae_scale_factor if side is None else side
-            for side, unit in zip((height, width), _pair(self.default_sample_size), strict=True)
+            own if side is None else side for side, own in zip((height, width), self.default_size, strict=True)
         )
         repeats = 1 if num_images_per_prompt is None else num_images_per_prompt
         self._turn(None)  # a call that failed left one there
