@@ -83,7 +83,7 @@ def read_requests(
             continue
         try:
             given = _object(text) if as_json else {"prompt": text}
-            seeds = [given["seed"]] if "seed" in given else defaults.seeds
+            seeds: list[Any] = [given["seed"]] if "seed" in given else defaults.seeds
         except ValueError as error:
             yield Refusal(number, str(error))
             continue
@@ -147,9 +147,9 @@ def _text(value: Any) -> bool:
 def _path(output: Any, folder: Path) -> Path:
     png = _text(output) and "\0" not in output and output.lower().endswith(".png")
     expect(png, "output", "a name that ends in .png", f"{output!r:.80}")
-    path = Path(os.path.normpath(folder / output))
-    inside = path.resolve().is_relative_to(folder.resolve())
+    path, parts = folder / output, Path(output).parts
+    inside = ".." not in parts and path.resolve().is_relative_to(folder.resolve())
     expect(inside, "output", f"a name inside {folder}", f"{output!r:.80}")
-    longest = max(len(os.fsencode(part)) for part in path.relative_to(folder).parts)
+    longest = max(len(os.fsencode(part)) for part in parts)
     expect(longest <= MAX_NAME, "output", f"names of at most {MAX_NAME} bytes", f"{output!r:.80}")
     return path

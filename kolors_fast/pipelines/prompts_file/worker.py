@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 
 
-class Worker(NamedTuple):
+@dataclass(frozen=True)
+class Worker:
     """Draws every `count`-th picture, beginning with number `rank`."""
 
     rank: int = 0
