@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed import TCPStore
 
 from kolors_fast.cli import main
 from kolors_fast.ops import use_backend
@@ -500,9 +502,23 @@ def test_each_worker_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Worker(5, 8, 1).device(None) is None
 
 
+def test_a_failed_worker_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    agents = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    for name, value in agents.items():
+        monkeypatch.setenv(name, value)
+    failed = threading.Thread(target=Worker(0, 2).finish, kwargs={"failed": True})
+    failed.start()
+    failed.join(0.3)
+    assert failed.is_alive()
+    Worker(1, 2).finish(failed=False)
+    failed.join(10)
+    assert not failed.is_alive()
+
+
 def test_two_processes_under_torchrun(tmp_path: Path) -> None:
     """One fails early, for its line is bad; torchrun would kill the other if it did not wait."""
-    (tmp_path / "p.jsonl").write_text("".join(f'not json\n{{"prompt": "{i}"}}\n' for i in range(3)))
+    (tmp_path / "p.jsonl").write_text("".join(f'not json\n{{"prompt": "{i}", "steps": 40}}\n' for i in range(3)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "kolors_fast.cli", "generate", "--prompts-file", str(tmp_path / "p.jsonl")]
     ran = subprocess.run(
