@@ -32,7 +32,7 @@ _MANY_PROMPTS = """
 FILE has one prompt a line (blank lines and those starting with # are skipped) or, if it ends in .jsonl, one JSON
 object a line: prompt, and optionally negative_prompt, seed, guidance_scale, height, width, steps and output (a name
 ending in .png); options stand for what a line does not say. Pictures are LINE-SEED.png, written when their batch is
-done, with their parameters (model, variant and dtype among them) inside. A rerun keeps a picture that is there with the
+done, with their parameters (the model's options among them) inside. A rerun keeps a picture that is there with the
 same parameters, and refuses one with others unless told to --overwrite. A line that fails is told with its number, the
 rest go on, and the exit status is 1. By torchrun each worker draws its share of the pictures on its own GPU.
 """
@@ -189,16 +189,23 @@ def _generate_file(options: argparse.Namespace) -> int:
             steps=options.steps,
         )
 
+    def settings(pipeline: Any) -> dict[str, Any]:
+        plan = pipeline.memory_plan
+        bits = options.text_encoder_quantization if plan is None else plan.quantization
+        dtype = str(pipeline.dtype).removeprefix("torch.")
+        return {"model": options.model, "variant": options.variant, "dtype": dtype, "text_encoder_quantization": bits}
+
+    batch = 4 if options.batch is None else options.batch
     worker = Worker.from_environment()
     options.device = worker.device(options.device)
     failed = draw_prompts_file(
         options.prompts_file,
         options.output,
-        lambda: _load(options),
+        lambda: _load(options, batch),
         defaults,
-        batch=4 if options.batch is None else options.batch,
+        batch=batch,
         overwrite=options.overwrite,
-        settings={"model": options.model, "variant": options.variant},
+        settings=settings,
         worker=worker,
     )
     return min(failed, 1)

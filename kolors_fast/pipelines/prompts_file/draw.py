@@ -30,7 +30,7 @@ def draw_prompts_file(
     *,
     batch: int,
     overwrite: bool,
-    settings: dict[str, Any],
+    settings: Callable[[KolorsPipeline], dict[str, Any]],
     worker: Worker,
 ) -> int:
     """Draw what the lines of a file ask for, print the name of every new picture, and tell of every line that fails.
@@ -44,7 +44,7 @@ def draw_prompts_file(
         defaults: of lines that do not say.
         batch: pictures at once.
         overwrite: draw again, where a picture with other parameters is there.
-        settings: of the pipeline, recorded in every picture beside its own parameters and the dtype.
+        settings: of the pipeline, such as the model's name: recorded in every picture beside its own parameters.
         worker: whose share of the pictures to draw.
 
     Returns:
@@ -63,8 +63,7 @@ def draw_prompts_file(
         folder.mkdir(exist_ok=True)
         pipeline = load()
         pipeline.set_progress_bar_config(disable=True)  # the names are the progress
-        settings = {**settings, "dtype": str(pipeline.dtype).removeprefix("torch.")}
-        session = _Session("stdin" if file == "-" else file, settings, overwrite)
+        session = _Session("stdin" if file == "-" else file, settings(pipeline), overwrite)
         as_json = Path(file).suffix == ".jsonl"
         requests = read_requests(lines, folder, defaults(pipeline), pipeline.vae_scale_factor, as_json=as_json)
         session.run(grouped(session.missing(worker.share(requests)), batch), Painter(pipeline, session.say))
