@@ -18,10 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"kolors-fast: warning: {message}", file=sys.stderr)
-            options.run(options)
-        return 0
-    except KeyboardInterrupt:
-        print("kolors-fast: interrupted", file=sys.stderr)
+            return int(options.run(options) or 0)
+    except KeyboardInterrupt as stopped:
+        print(f"kolors-fast: interrupted{f': {stopped}' if str(stopped) else ''}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         # the library states what is wrong in one sentence; of anything longer the first line is the statement
@@ -29,18 +28,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+_MANY_PROMPTS = """
+FILE has one prompt a line (blank lines and those starting with # are skipped) or, if it ends in .jsonl, one JSON
+object a line: prompt, and optionally negative_prompt, seed, guidance_scale, height, width, steps and output (a name
+ending in .png); options stand for what a line does not say. Pictures are LINE-SEED.png, written when their batch is
+done, with their parameters (the model's options among them) inside. A rerun keeps a picture that is there with the
+same parameters, and refuses one with others unless told to --overwrite. A line that fails is told with its number, the
+rest go on, and the exit status is 1. By torchrun each worker draws its share of the pictures on its own GPU.
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kolors-fast", description="Kolors-class text-to-image models, fused.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="draw pictures of prompts")
-    generate.set_defaults(run=_generate)
-    generate.add_argument("prompt", nargs="+", help="what to draw, in English or Chinese")
-    generate.add_argument("-o", "--output", type=Path, default=Path("out.png"), help="default: out.png")
+    generate.set_defaults(run=_generate, refuse=generate.error)
+    generate.add_argument("prompt", nargs="*", help="what to draw, in English or Chinese")
+    generate.add_argument("-o", "--output", type=Path, help="default: out.png; the folder of --prompts-file's pictures")
     generate.add_argument("--grid", action="store_true", help="put all pictures into one file")
     generate.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture per prompt and seed")
     generate.add_argument("--memory-limit", help="such as 8GiB: choose what is in memory when, and print the plan")
     generate.add_argument("--compare-reference", action="store_true", help="draw again in pure PyTorch and compare")
+    many = generate.add_argument_group("many prompts", _MANY_PROMPTS)
+    many.add_argument("--prompts-file", metavar="FILE", help="draw what each line asks for; - reads stdin")
+    many.add_argument("--batch", type=int, help="pictures at once, halved when memory is out; default: 4")
+    many.add_argument("--overwrite", action="store_true", help="draw again a picture there with other parameters")
     _add_sampling(generate)
 
     evaluate = commands.add_parser("evaluate", help="judge a model on held-out prompts of the shapes world")
@@ -131,9 +144,14 @@ def _draw(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds:
     return images
 
 
-def _generate(options: argparse.Namespace) -> None:
+def _generate(options: argparse.Namespace) -> int:
+    if options.prompts_file is not None:
+        return _generate_file(options)
     from PIL import Image
 
+    if not options.prompt or options.batch is not None or options.overwrite:
+        options.refuse("expected a prompt or --prompts-file, and --batch and --overwrite only with the latter")
+    options.output = options.output or Path("out.png")
     if options.output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--output: expected a picture's name such as out.png, got {str(options.output)!r}")
     _check_folder(options.output)
@@ -151,6 +169,46 @@ def _generate(options: argparse.Namespace) -> None:
         name = options.output if len(images) == 1 else options.output.with_stem(f"{options.output.stem}-{index}")
         _save(image, name)
         print(name)
+    return 0
+
+
+def _generate_file(options: argparse.Namespace) -> int:
+    from .pipelines.prompts_file import Defaults, Worker, draw_prompts_file
+
+    if options.prompt or options.grid or options.compare_reference or options.output is None:
+        options.refuse("--prompts-file: expected -o FOLDER, and no prompt, --grid or --compare-reference")
+
+    def defaults(pipeline: Any) -> Defaults:
+        height, width = pipeline.default_size
+        return Defaults(
+            negative_prompt=options.negative_prompt,
+            seeds=options.seed,
+            guidance_scale=options.guidance_scale,
+            height=height if options.height is None else options.height,
+            width=width if options.width is None else options.width,
+            steps=options.steps,
+        )
+
+    def settings(pipeline: Any) -> dict[str, Any]:
+        plan = pipeline.memory_plan
+        bits = options.text_encoder_quantization if plan is None else plan.quantization
+        dtype = str(pipeline.dtype).removeprefix("torch.")
+        return {"model": options.model, "variant": options.variant, "dtype": dtype, "text_encoder_quantization": bits}
+
+    batch = 4 if options.batch is None else options.batch
+    worker = Worker.from_environment()
+    options.device = worker.device(options.device)
+    failed = draw_prompts_file(
+        options.prompts_file,
+        options.output,
+        lambda: _load(options, batch),
+        defaults,
+        batch=batch,
+        overwrite=options.overwrite,
+        settings=settings,
+        worker=worker,
+    )
+    return min(failed, 1)
 
 
 def _compare(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds: list[int]) -> None:

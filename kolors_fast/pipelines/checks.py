@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -51,6 +53,16 @@ def check_prompts(prompt: Any, negative_prompt: Any) -> None:
             "a string or a non-empty list of strings",
             f"{value!r:.80}",
         )
+
+
+def check_guidance(scale: Any, prompts: int) -> float | tuple[float, ...]:
+    """One number where all prompts share it, else one for each."""
+    several = isinstance(scale, Sequence) and not isinstance(scale, str)
+    scales = tuple(scale) if several else (scale,)
+    finite = all(isinstance(one, Real) and not isinstance(one, bool) and math.isfinite(one) for one in scales)
+    fits = finite and (not several or len(scales) == prompts)
+    expect(fits, "guidance_scale", f"a finite number, or {prompts} for as many prompts", f"{scale!r:.80}")
+    return scales[0] if len(set(scales)) == 1 else scales
 
 
 def check_embeds(

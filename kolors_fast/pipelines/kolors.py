@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence, Sized
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from .checks import (
     check_components,
     check_dtype,
     check_embeds,
+    check_guidance,
     check_latents,
     check_prompts,
     check_size,
@@ -85,7 +86,7 @@ class KolorsPipeline:
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.default_sample_size = unet.config.sample_size
         self._progress: dict[str, Any] = {}
-        self._guidance_scale = 1.0
+        self._guidance_scale: float | Sequence[float] = 1.0
         self._num_timesteps = 0
         self._interrupt = False
         self._graphs: StepGraphs | None = None
@@ -158,6 +159,12 @@ class KolorsPipeline:
         return self
 
     @property
+    def default_size(self) -> Size:
+        """(height, width) in pixels: the UNet's own size."""
+        height, width = _pair(self.default_sample_size)
+        return height * self.vae_scale_factor, width * self.vae_scale_factor
+
+    @property
     def device(self) -> torch.device:
         return self.unet.device if self._turns is None else self._turns.device
 
@@ -198,13 +205,14 @@ class KolorsPipeline:
         self._progress = kwargs
 
     @property
-    def guidance_scale(self) -> float:
-        """Of the running call; a callback may change it by `_guidance_scale`."""
+    def guidance_scale(self) -> float | Sequence[float]:
+        """Of the running call: a number, or where prompts differ one for each; a callback may set `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
+        scale = self._guidance_scale
+        return max(scale) > 1 if isinstance(scale, Sequence) else scale > 1
 
     @property
     def num_timesteps(self) -> int:
@@ -226,7 +234,7 @@ class KolorsPipeline:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         denoising_end: float | None = None,
-        guidance_scale: float = 5.0,
+        guidance_scale: float | Sequence[float] = 5.0,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int | None = 1,
         eta: float = 0.0,
@@ -259,7 +267,8 @@ class KolorsPipeline:
             num_inference_steps: steps of the scheduler; ignored where `timesteps` or `sigmas` are given.
             timesteps, sigmas: an own schedule, where the scheduler takes one.
             denoising_end: share of the noise range after which to stop, for a second model to go on.
-            guidance_scale: g of negative + g * (positive - negative); at most 1 runs without guidance.
+            guidance_scale: g of negative + g * (positive - negative); at most 1 runs without guidance. One for all
+                prompts or one for each: a prompt of at most 1 among guided ones is still its positive prediction alone.
             negative_prompt: what to steer away from; one for all prompts or one for each.
             num_images_per_prompt: pictures per prompt, side by side in the result.
             eta: noise of DDIM, 0 to 1; other schedulers ignore it.
@@ -286,8 +295,7 @@ class KolorsPipeline:
         """
         names = tuple(getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs))
         height, width = (
-            unit * self.vae_scale_factor if side is None else side
-            for side, unit in zip((height, width), _pair(self.default_sample_size), strict=True)
+            own if side is None else side for side, own in zip((height, width), self.default_size, strict=True)
         )
         repeats = 1 if num_images_per_prompt is None else num_images_per_prompt
         self._turn(None)  # a call that failed left one there
@@ -306,7 +314,8 @@ class KolorsPipeline:
         check_unsupported(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
         own_sizes = _negative_sizes(negative_original_size, negative_crops_coords_top_left, negative_target_size)
 
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        prompts = 1 if isinstance(prompt, str) else len(cast(Sized, prompt_embeds if prompt is None else prompt))
+        self._guidance_scale, self._interrupt = check_guidance(guidance_scale, prompts), False
         guided = self.do_classifier_free_guidance
         positive, negative = self._read(
             _either(prompt, prompt_embeds, pooled_prompt_embeds),

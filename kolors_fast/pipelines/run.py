@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -51,7 +51,8 @@ class Run:
         self.tensors: dict[str, Tensor | None] = {}  # by diffusers' names, negative rows first
         self.key_bias: Tensor | None = None
         self.steps: Steps | None = None
-        self._weights: dict[float, Tensor] = {}
+        self._weights: dict[float | tuple[float, ...], Tensor] = {}
+        self._pictures = 0
 
     def condition(
         self, positive: TextFeatures, negative: TextFeatures | None, time_ids: Tensor, negative_time_ids: Tensor
@@ -69,6 +70,7 @@ class Run:
         }
         biases = [one.key_bias for one in both if one.key_bias is not None]
         self.key_bias = torch.cat(biases) if biases else None
+        self._pictures = len(positive)
 
     def predict(self, inputs: Tensor, row: int) -> Tensor:
         """The UNet's predictions at a row of the step table."""
@@ -112,12 +114,25 @@ class Run:
         )
 
     def weights(self, row: int) -> Tensor:
-        """(1 - g, g), or (1) without guidance; asked at every step, for a callback may change g."""
+        """(1 - g, g), or (1) without guidance; asked at every step, for a callback may change g.
+
+        Where g differs among the prompts, one column per picture: (0, 1) for those without guidance.
+        """
         scale = self.pipeline.guidance_scale
+        if isinstance(scale, Sequence):
+            scale = tuple(scale)
         if scale not in self._weights:
-            mix = [1 - scale, scale] if self.pipeline.do_classifier_free_guidance else [1.0]
+            mix: list[Any] = [1.0]
+            if self.pipeline.do_classifier_free_guidance:
+                mix = [1 - scale, scale] if not isinstance(scale, tuple) else self._columns(scale)
             self._weights[scale] = torch.tensor(mix, device=self.pipeline.device)
         return self._weights[scale]
+
+    def _columns(self, scales: tuple[float, ...]) -> list[list[float]]:
+        """[2, pictures], the pictures of a prompt side by side."""
+        repeats = self._pictures // len(scales)
+        mixes = [(1 - scale, scale) if scale > 1 else (0.0, 1.0) for scale in scales for _ in range(repeats)]
+        return [[negative for negative, _ in mixes], [positive for _, positive in mixes]]
 
     def after_step(self, row: int, timestep: Tensor, sample: Tensor) -> Tensor:
         self.progress.update()

@@ -38,13 +38,15 @@ def denoise(
 
     At each row the model sees P copies of the scaled sample, stacked on the batch axis, and answers with P predictions,
     whose sum weighted by `weights` makes the step: weights (1 - g, g) over (negative, positive) are classifier-free
-    guidance of scale g (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
+    guidance of scale g (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598). Weights may differ among the items of
+    the batch; (0, 1) are the unguided prediction, exactly.
 
     Args:
         model: called as model(inputs [P*B, ...], row); the timestep is table.timesteps[row].
         table: of a scheduler whose first executed row is `start`, see `Scheduler.step_table(begin=start)`.
         sample: [B, ...], already of standard deviation `table.initial_scale` when starting at row 0.
-        weights: float32 [P] on the sample's device, or a function of the row for guidance that changes on the way.
+        weights: float32 [P], or [P, B] with one column per item, on the sample's device; or a function of the row for
+            guidance that changes on the way.
         start, stop: the rows executed; `stop` None is the end of the table.
         generator: of the noise of stochastic samplers; a list has one per item of the batch.
         callback: called as callback(row, timestep, sample) after each step; what it returns is the sample from there.

@@ -49,7 +49,7 @@ Predict = Callable[[Tensor, Any], Tensor]  # (inputs [P*B, ...], conditioning) -
 class Program:
     """One step on tensors that stay where they are."""
 
-    def __init__(self, predict: Predict, plan: Plan, table: StepTable, sample: Tensor, terms: int) -> None:
+    def __init__(self, predict: Predict, plan: Plan, table: StepTable, sample: Tensor, weights: Tensor) -> None:
         device = sample.device
         self.predict, self.table = predict, table
         self.plan, self._loaded = plan.fixed(), plan
@@ -57,7 +57,7 @@ class Program:
         self.denoised = torch.zeros_like(sample)
         self.previous = torch.zeros_like(sample) if table.uses_previous else None
         self.noise = torch.zeros_like(sample) if any(table.needs_noise) else None
-        self.weights = torch.zeros(terms, device=device)
+        self.weights = torch.zeros_like(weights)
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
         self.coefficients = table.coefficients_on(device).clone()
         self.input_scale = torch.tensor(table.input_scale, device=device)
@@ -127,12 +127,12 @@ class StepGraphs:
         if self._captures and sample.device.type != "cuda":
             raise ValueError(f"graphs: expected a model on a CUDA device, got one on {sample.device}")
         key = (
-            tuple(sample.shape), sample.dtype, sample.device, len(weights), plan.signature(), len(table),
+            tuple(sample.shape), sample.dtype, sample.device, tuple(weights.shape), plan.signature(), len(table),
             table.uses_previous, table.clip, any(table.needs_noise), _baked(self.model),
         )  # fmt: skip
         program = self._programs.get(key)
         if program is None:
-            program = self._programs[key] = Program(predict, plan, table, sample, len(weights))
+            program = self._programs[key] = Program(predict, plan, table, sample, weights)
             program.load(plan, table, row, sample, weights, previous, noise)
             program.replay = self._record(program)
             while len(self._programs) > self.keep:

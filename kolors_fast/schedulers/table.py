@@ -50,12 +50,15 @@ class StepTable:
         index: int,
         sample: Tensor,  # [B, ...]
         predictions: Tensor,  # [P * B, ...]
-        weights: Tensor,  # [P] float32
+        weights: Tensor,  # [P] or [P, B] float32
         *,
         previous: Tensor | None = None,  # [B, ...]
         noise: Tensor | None = None,  # [B, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Execute row `index`; returns (next, denoised), both in the sample's dtype."""
+        """Execute row `index`; returns (next, denoised), both in the sample's dtype.
+
+        Weights [P, B] take one step per item, the very step of the item alone.
+        """
         coefficients = self.coefficients_on(sample.device)[index]
         return self.advance_from(coefficients, None, sample, predictions, weights, previous=previous, noise=noise)
 
@@ -71,6 +74,21 @@ class StepTable:
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`advance` with coefficients of the caller's."""
+        if weights.dim() == 2:
+            per_item = predictions.unflatten(0, weights.shape)  # [P, B, ...]
+            items = [
+                self.advance_from(
+                    coefficients,
+                    row,
+                    sample[i : i + 1],
+                    per_item[:, i],
+                    weights[:, i],
+                    previous=None if previous is None else previous[i : i + 1],
+                    noise=None if noise is None else noise[i : i + 1],
+                )
+                for i in range(len(sample))
+            ]
+            return torch.cat([after for after, _ in items]), torch.cat([denoised for _, denoised in items])
         noise = None if noise is None else noise.to(sample.dtype)
         if self.clip is not None:
             _, denoised = guided_step(sample, predictions, weights, coefficients, row=row, return_denoised=True)

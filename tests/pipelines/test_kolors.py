@@ -18,6 +18,7 @@ from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 from kolors_fast.models.unet import KolorsUNet
+from kolors_fast.ops import use_backend
 from kolors_fast.pipelines.text import read_prompts
 
 PROMPTS = ["a photo of a cat, high quality", "一张瓢虫的照片，微距"]
@@ -344,6 +345,60 @@ def test_diffusers_callback_that_drops_guidance_half_way(ours: Any, theirs: Any)
     )
     assert psnr(got, expected) > 80
     assert psnr(got, draw(ours, PROMPTS[0], **strong)) < 60
+
+
+SCALES = [5.0, 0.5, 9.5]
+
+
+def several(ours: Any, scale: Any, **arguments: Any) -> np.ndarray:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3 * arguments.get("num_images_per_prompt", 1))]
+    return draw(ours, [*PROMPTS, "two red circles"], guidance_scale=scale, generator=generators, **arguments)
+
+
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_guidance_of_each_prompt(ours: Any, scheduler: str) -> None:
+    """A picture is that of its own guidance, also without any, whatever its neighbours'."""
+    ours.scheduler = getattr(schedulers, scheduler).from_config(ours.scheduler.config)
+    with use_backend("reference"):
+        mixed = several(ours, SCALES, num_images_per_prompt=2, output_type="latent")
+        for prompt, scale in enumerate(SCALES):
+            of = slice(2 * prompt, 2 * prompt + 2)
+            same = several(ours, scale, num_images_per_prompt=2, output_type="latent")
+            # without guidance the others' batch is half as large, in which products may round otherwise
+            atol = 0 if scale > 1 else 1e-5 * np.abs(same[of]).max()
+            np.testing.assert_allclose(mixed[of], same[of], rtol=0, atol=atol)
+    assert psnr(several(ours, SCALES)[2:], several(ours, 5.0)[2:]) < 70
+
+
+def test_a_picture_is_the_one_drawn_alone(ours: Any) -> None:
+    """In float64, for a batch of another size rounds otherwise, and guidance enlarges that."""
+    ours.to(torch.float64)
+    negatives = ["a cat", "", "a fox"]
+    with use_backend("reference"):
+        mixed = several(ours, SCALES, negative_prompt=negatives, output_type="latent")
+        for item, prompt in enumerate([*PROMPTS, "two red circles"]):
+            given = {"guidance_scale": SCALES[item], "negative_prompt": negatives[item], "seed": item}
+            alone = draw(ours, prompt, **given, output_type="latent")
+            np.testing.assert_allclose(mixed[item : item + 1], alone, rtol=0, atol=1e-5 * np.abs(alone).max())
+
+
+def test_callbacks_read_the_guidance_of_each_prompt(ours: Any) -> None:
+    seen: list[Any] = []
+
+    def callback(pipeline: Any, row: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((pipeline.guidance_scale, pipeline.do_classifier_free_guidance))
+        if row == 1:
+            pipeline._guidance_scale = [2.0, 3.0, 4.0]
+        return {}
+
+    changed = several(ours, SCALES, callback_on_step_end=callback)
+    assert seen == [(tuple(SCALES), True)] * 2 + [([2.0, 3.0, 4.0], True)] * 2
+    assert psnr(changed, several(ours, SCALES)) < 80
+    seen.clear()
+    several(ours, [3.0] * 3, callback_on_step_end=lambda *args: seen.append(args[0].guidance_scale) or {})
+    assert seen == [3.0] * 4  # a number where it is one
+    several(ours, [1.0, 0.5, 0.0], callback_on_step_end=lambda *args: seen.append(args[0].do_classifier_free_guidance))
+    assert seen[4:] == [False] * 4
 
 
 def test_interrupting(ours: Any, theirs: Any) -> None:

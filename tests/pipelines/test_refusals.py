@@ -30,6 +30,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"output_type": "jpg"}, "output_type: expected one of pil, np, pt, latent, got 'jpg'"),
     ({"denoising_end": 1.5}, r"denoising_end: expected a share of the run above 0 and up to 1, got 1\.5"),
     ({"timesteps": [9], "sigmas": [1.0, 0.0]}, "timesteps: expected None together with sigmas"),
+    (
+        {"guidance_scale": [5.0, 6.0]},
+        r"guidance_scale: expected a finite number, or 1 for as many prompts, got \[5.0, 6",
+    ),
+    ({"guidance_scale": "5"}, "guidance_scale: expected a finite number, or 1 for as many prompts, got '5'"),
+    ({"guidance_scale": float("nan")}, "guidance_scale: expected a finite number, .* got nan"),
     ({"ip_adapter_image": "cat.png"}, "ip_adapter_image: expected None, for image prompts are not supported, got str"),
     ({"ip_adapter_image_embeds": []}, "ip_adapter_image_embeds: expected None, .* got list"),
     (

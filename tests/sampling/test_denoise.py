@@ -119,6 +119,32 @@ def test_guidance_may_change_on_the_way() -> None:
     assert widths == [4, 4] + [2] * 5
 
 
+@pytest.mark.parametrize(("name", "config", "options"), RUNS)
+def test_weights_of_each_item_make_the_steps_of_the_item_alone(
+    name: str, config: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Guided by 5, not guided, guided by 2.5: the bits of three runs of one item."""
+    scheduler, _ = make(name, config)
+    table = scheduler.step_table(**options)
+    sample = torch.randn(3, 4, 5, 3, generator=torch.Generator().manual_seed(0)) * table.initial_scale
+    scales = [5.0, 1.0, 2.5]
+
+    def of(inputs: Tensor, row: int) -> Tensor:
+        """Negative and positive predictions of each item, or the positive ones alone."""
+        parts = inputs.split(inputs.shape[0] // 2) if inputs.shape[0] % 2 == 0 else (inputs,)
+        shifts = (-0.3, 0.4)[-len(parts) :]
+        times = float(table.timesteps[row]) / 2000
+        return torch.cat([torch.tanh(part) + shift + times for part, shift in zip(parts, shifts, strict=True)])
+
+    def run(sample: Tensor, weights: Tensor, seeds: list[int]) -> Tensor:
+        return denoise(of, table, sample, weights, generator=[torch.Generator().manual_seed(s) for s in seeds])
+
+    together = run(sample, torch.tensor([[-4.0, 0.0, -1.5], [5.0, 1.0, 2.5]]), [7, 8, 9])
+    for item, scale in enumerate(scales):
+        alone = torch.tensor([1 - scale, scale]) if scale > 1 else torch.ones(1)
+        assert torch.equal(run(sample[item : item + 1], alone, [7 + item]), together[item : item + 1])
+
+
 def test_dtype_is_kept_and_no_graph_is_built() -> None:
     scheduler, sample = make("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})
     factor = torch.ones((), dtype=torch.bfloat16, requires_grad=True)

@@ -152,7 +152,7 @@ def test_the_unets_program_neither_reads_nor_moves_anything() -> None:
     plan, table = unet.plan_steps(scheduler.timesteps, prompt), scheduler.step_table()
     sample = torch.randn(1, 4, 16, 16) * scheduler.init_noise_sigma
     weights = torch.tensor([-4.0, 5.0])
-    program = Program(unet.denoise, plan, table, sample, 2)
+    program = Program(unet.denoise, plan, table, sample, weights)
     addresses = [t.data_ptr() for t in (program.sample, program.denoised, program.row, program.coefficients)]
     for row in range(4):
         predictions = unet.denoise(torch.cat([sample * table.input_scale[row]] * 2), plan.at(row))
@@ -177,12 +177,14 @@ def test_pictures_of_graphs_are_those_without(monkeypatch: pytest.MonkeyPatch) -
         seen.append(tensors["latents"])
         return {"latents": tensors["latents"] * 0.5} if row == 1 else {}
 
-    def draw(prompt: str, **arguments: Any) -> Tensor:
+    def draw(prompt: Any, **arguments: Any) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return pipeline(prompt, num_inference_steps=4, generator=generator, output_type="latent", **arguments).images  # type: ignore[return-value]
 
-    calls = [("red circle", {}), ("blue star below green disc", {}), ("red circle", {"guidance_scale": 1.0}),
+    calls: list[Any] = [("red circle", {}), ("blue star below green disc", {}), ("red circle", {"guidance_scale": 1.0}),
              ("red circle", {"callback_on_step_end": callback})]  # fmt: skip
+    two = {"latents": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))}
+    calls += [(["a", "b"], two | {"guidance_scale": scales}) for scales in ([5.0, 2.0], [3.0, 1.0], 4.0)]
     want = [draw(prompt, **arguments) for prompt, arguments in calls]
     expected_seen = [x.clone() for x in seen]
     seen.clear()
@@ -190,7 +192,7 @@ def test_pictures_of_graphs_are_those_without(monkeypatch: pytest.MonkeyPatch) -
     for (prompt, arguments), expected in zip(calls, want, strict=True):
         got = draw(prompt, **arguments)
         assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
-    assert len(graphs) == 2  # with and without guidance
+    assert len(graphs) == 4  # with and without guidance, of two prompts with one and with two scales
     assert len({x.data_ptr() for x in seen}) == 4  # what a callback keeps is not overwritten
     for a, b in zip(seen, expected_seen, strict=True):
         assert (a - b).abs().max() < 1e-4 * b.abs().max()
