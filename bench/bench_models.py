@@ -93,11 +93,13 @@ def _step_of(config: dict[str, Any], side: int, device: str, dtype: torch.dtype,
     """One UNet step by every provider, each on a model of its own: switching a saving off stores weights anew."""
     torch.manual_seed(0)
     inputs = _unet_inputs(config, side, device, dtype)
-    rival = diffusers.UNet2DConditionModel(**config).eval().to(device, dtype)
+    with torch.device(device):
+        rival = diffusers.UNet2DConditionModel(**config).eval().to(dtype)
 
-    def ours() -> Any:
-        model = KolorsUNet(**config).eval().to(device, dtype)
-        model.load_state_dict(rival.state_dict())
+    def ours() -> Callable[[], Any]:
+        with torch.device("meta"):
+            model = KolorsUNet(**config).eval()
+        model.load_state_dict({name: value.clone() for name, value in rival.state_dict().items()}, assign=True)
         return partial(model, **inputs)
 
     def compiled(**options: Any) -> Callable[[], Any]:
@@ -110,10 +112,30 @@ def _step_of(config: dict[str, Any], side: int, device: str, dtype: torch.dtype,
         "diffusers_max_autotune": compiled(mode="max-autotune-no-cudagraphs" if device == "cpu" else "max-autotune"),
         "reference": lambda: _without(SAVINGS, ours()),
         "kolors_fast": ours,
+        "kolors_fast_graph": lambda: _captured(ours()),
         **{name: partial(lambda n: _without([n.partition(" ")[2]], ours()), name) for name in EACH_OFF},
     }
+    if device == "cpu":
+        del calls["kolors_fast_graph"]
     chosen = {name: make() for name, make in calls.items() if name in selected or name == "diffusers"}
     return _agreeing(chosen, **TOLERANCE[dtype])
+
+
+def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as one CUDA graph."""
+    with torch.no_grad():
+        for _ in range(2):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def _without(names: Iterable[str], call: Callable[[], Any]) -> Callable[[], Any]:
@@ -124,8 +146,13 @@ def _without(names: Iterable[str], call: Callable[[], Any]) -> Callable[[], Any]
     return run
 
 
-@pytest.mark.parametrize("provider", [*PROVIDERS[:2], "diffusers_max_autotune", *PROVIDERS[2:], *EACH_OFF])
+STEP_PROVIDERS = [*PROVIDERS[:2], "diffusers_max_autotune", *PROVIDERS[2:], "kolors_fast_graph", *EACH_OFF]
+
+
+@pytest.mark.parametrize("provider", STEP_PROVIDERS)
 def test_unet_step(race: Any, provider: str, device: str, selected: set[str]) -> None:
+    if device == "cpu" and provider == "kolors_fast_graph":
+        pytest.skip("a CPU has no CUDA graphs")
     if device == "cpu":
         group = "UNet step, 33M, latent 32x32, CFG batch 2, 20 of 256 text tokens, float32"
         race(
@@ -205,9 +232,8 @@ def test_text_encoding(race: Any, provider: str, device: str) -> None:
         folder = bundled("kolors-tiny")
         ours = ChatGLM.from_pretrained(folder, subfolder="text_encoder", torch_dtype=torch.float32).to(device)
         tokenizer = ChatGLMTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        known = set(ChatGLMConfig().to_dict())
-        config = {k: v for k, v in ours.config.items() if k in known or k in ("use_cache",)}
-        rival = ChatGLMModel(ChatGLMConfig(**config), empty_init=False).float().eval().to(device)
+        rival = ChatGLMModel(ChatGLMConfig(**{**ours.config, "use_cache": False}), empty_init=False)
+        rival = rival.float().eval().to(device)
         rival.load_state_dict(ours.state_dict(), strict=False)
         tokens = tokenizer([PROMPT, ""], padding="max_length", max_length=256, truncation=True).to(device)
 

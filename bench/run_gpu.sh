@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # One command for a machine with an NVIDIA GPU and nothing to download:
 #
-#     bench/run_gpu.sh OUTDIR
+#     bench/run_gpu.sh OUTDIR [ops | models]
 #
-# builds the CUDA extension for this GPU, runs the GPU tests and the sanitizers on the ops, times the ops, and leaves
-# in OUTDIR: a log of each part, rows of each benchmark as JSON, ops.md, ops.svg. Under nine minutes on 16 cores; a part
-# that fails or takes too long is reported and the others still run. Needs torch with CUDA, triton, pytest, pytest-xdist
-# (compiling thousands of small Triton kernels one after the other takes longer), pytest-benchmark, setuptools,
-# pybind11, ninja, nvcc.
+# builds the CUDA extension for this GPU, then for the ops (the default) runs their GPU tests and sanitizers and times
+# them; for the models tests the captured denoising step, times one step of Kolors' 2.58B UNet with random weights at
+# 1024x1024 (CFG batch 2, bfloat16) and its parts beside diffusers, and profiles it. OUTDIR gets a log of each part, rows of
+# each benchmark as JSON, a table (.md) and a chart (.svg). Each under nine minutes on 16 cores; a part that fails or
+# takes too long is reported and the others still run. Needs torch with CUDA, triton, pytest, pytest-xdist (compiling
+# thousands of small Triton kernels one after the other takes longer), pytest-benchmark, setuptools, pybind11, ninja,
+# nvcc; the models diffusers, transformers and accelerate as well, and 80 GB for all providers at once.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:?usage: bench/run_gpu.sh OUTDIR}
+out=${1:?usage: bench/run_gpu.sh OUTDIR [ops | models]}
+what=${2:-ops}
+[[ $what == ops || $what == models ]] || { echo "expected ops or models, got $what" >&2; exit 2; }
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 failed=()
@@ -25,26 +29,33 @@ part() { # name, seconds that it may take, command...
     echo "-- $name took $((SECONDS - start)) s"
 }
 
+rows=()
 bench() { # name, seconds that it may take, pytest's -k
-    part "$1" "$2" python -m pytest bench/bench_ops.py -q -p no:cacheprovider --benchmark-only -k "$3" \
+    part "$1" "$2" python -m pytest "bench/bench_$what.py" -q -p no:cacheprovider --benchmark-only -k "$3" \
         --benchmark-json="$out/$1.json"
+    [ -s "$out/$1.json" ] && rows+=("$out/$1.json")
 }
 
 nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm --format=csv | tee "$out/gpu.csv"
 part build 90 python -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
-part tests 110 python -m pytest tests/ops/test_ops.py -q -p no:cacheprovider -n auto -k "cuda or triton" --maxfail=50
-part sanitizer 80 tests/compute_sanitizer.sh
-# first what decides; torch.compile takes its time to compile, so on few shapes
-bench forward 90 "test_forward and not compile"
-bench backward 80 "test_backward and not compile"
-bench host 20 "host_overhead"
-bench compiled 50 "test_forward and (sd3_2x4096x1536 or kolors_2x640x64x64 or kolors_2x1024x10240)"
-rows=()
-for name in forward backward host compiled; do
-    [ -s "$out/$name.json" ] && rows+=("$out/$name.json")
-done
+if [ "$what" = ops ]; then
+    part tests 110 python -m pytest tests/ops/test_ops.py -q -p no:cacheprovider -n auto -k "cuda or triton" --maxfail=50
+    part sanitizer 80 tests/compute_sanitizer.sh
+    # first what decides; torch.compile takes its time to compile, so on few shapes
+    bench forward 90 "test_forward and not compile"
+    bench backward 80 "test_backward and not compile"
+    bench host 20 "host_overhead"
+    bench compiled 50 "test_forward and (sd3_2x4096x1536 or kolors_2x640x64x64 or kolors_2x1024x10240)"
+else
+    part graphs 60 python -m pytest tests/sampling/test_graphs.py -q -p no:cacheprovider
+    bench step 90 "unet_step and not compile and not autotune"
+    bench parts 90 "(block or host or decode or encoding) and not compile"
+    part profile 40 python bench/profile_step.py 40
+    bench compiled 180 "unet_step and (diffusers or compile or (kolors_fast and not without))"
+    bench first 60 "first_picture and not compile"
+fi
 if [ ${#rows[@]} -gt 0 ]; then
-    python bench/table.py "${rows[@]}" | tee "$out/ops.md"
-    python bench/chart.py "${rows[@]}" >"$out/ops.svg"
+    python bench/table.py "${rows[@]}" | tee "$out/$what.md"
+    python bench/chart.py "${rows[@]}" >"$out/$what.svg"
 fi
 [ ${#failed[@]} -eq 0 ] || { printf 'failed: %s\n' "${failed[@]}"; exit 1; }
