@@ -17,7 +17,8 @@ COLOURS = {
     "reference": "#c4b5a0", "cpu": "#1a73e8", "kolors_fast": "#1a73e8", "triton": "#e8710a", "cuda": "#188038",
     "triton_epilogue": "#f9ab00", "liger": "#a142f4", "sdpa": "#12b5cb", "flash_attn": "#e52592",
     "flash_attn_3": "#9c166b", "xformers": "#7cb342", "kolors_fast_tiled": "#8ab4f8",
-    "diffusers_max_autotune": "#3c4043", "kolors_fast_full": "#8ab4f8", "kolors_fast_graph": "#174ea6", "without": "#aecbfa",
+    "diffusers_max_autotune": "#3c4043", "kolors_fast_full": "#8ab4f8", "kolors_fast_graph": "#174ea6",
+    "without": "#aecbfa",
 }  # fmt: skip
 BAR, GAP, TEXT, SCALE, FONT = 12, 10, 460, 90, 11
 

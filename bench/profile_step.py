@@ -28,7 +28,7 @@ def main() -> None:
                     call()
                 if on_gpu:
                     torch.cuda.synchronize()
-            order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+            order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
             print(f"{name}, three steps\n{profiled.key_averages().table(sort_by=order, row_limit=rows)}")
 
 
