@@ -144,6 +144,26 @@ def test_nothing_stale_is_served(name: str) -> None:
 
 
 @torch.no_grad()
+def test_switches_and_numbers_make_another_prompt() -> None:
+    model, arguments = make(), inputs()
+    text, added = arguments["encoder_hidden_states"], arguments["added_cond_kwargs"]
+
+    def width(**options: Any) -> int:
+        return model.read_prompt(text, added, torch.float32, **options).text.shape[1]
+
+    assert (width(), width(keys_multiple=16), width()) == (6, 16, 6)
+    with kolors_fast.without("pad_collapse"):
+        assert width() == LENGTH
+    folds = block(model).attn2.folds
+    prompts = [model.read_prompt(text, added, torch.float32)]
+    with kolors_fast.use_backend("reference"):  # pure PyTorch multiplies as the model is written
+        prompts.append(model.read_prompt(text, added, torch.float32))
+        assert not folds(1)
+    assert prompts[0] is not prompts[1]
+    assert folds(1)
+
+
+@torch.no_grad()
 def test_a_tensor_in_the_place_of_a_dead_one_is_another() -> None:
     model, arguments = make(), inputs()
     for seed in range(4):  # of the same shape: often at the same address, with the same id

@@ -134,7 +134,10 @@ def test_a_mark_holds_until_an_edit() -> None:
     assert mark.holds(x)
     assert not mark.holds(x.clone())
     assert not mark.holds(x.view(1000))
-    x.data.add_(1)
+    x[1] = 5  # between the words that a sample of the content looks at: the version tells
+    assert not mark.holds(x)
+    mark = Mark(x)
+    x.data.add_(1)  # no version tells: the sample does
     assert not mark.holds(x)
     strided = torch.zeros(8, 8)[:, ::2]
     assert Mark(strided).holds(strided)
