@@ -165,11 +165,16 @@ class StepGraphs:
 
 
 def _baked(model: nn.Module) -> Hashable:
-    """What a graph of the model holds for good."""
-    addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
-    strengths = tuple(
-        repr([getattr(module, name, None) for name in _WRAPPER_STATE])
-        for module in model.modules()
-        if hasattr(module, "scaling")
-    )
-    return addresses, strengths, savings.switched_off(), forced()
+    """What a graph of the model holds for good. Asked at every step, so `model.modules()` would be too slow."""
+    addresses: list[int] = []
+    strengths: list[str] = []
+    modules: list[nn.Module | None] = [model]
+    while modules:
+        module = modules.pop()
+        if module is None:
+            continue
+        modules += module._modules.values()
+        addresses += [0 if tensor is None else tensor.data_ptr() for tensor in module._parameters.values()]
+        if "scaling" in module.__dict__:
+            strengths.append(repr([getattr(module, name, None) for name in _WRAPPER_STATE]))
+    return tuple(addresses), tuple(strengths), savings.switched_off(), forced()
