@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture per prompt and seed")
     generate.add_argument("--memory-limit", help="such as 8GiB: choose what is in memory when, and print the plan")
     generate.add_argument("--compare-reference", action="store_true", help="draw again in pure PyTorch and compare")
+    generate.add_argument("--nvtx", action="store_true", help="NVTX ranges around steps, blocks and ops, for nsys")
     many = generate.add_argument_group("many prompts", _MANY_PROMPTS)
     many.add_argument("--prompts-file", metavar="FILE", help="draw what each line asks for; - reads stdin")
     many.add_argument("--batch", type=int, help="pictures at once, halved when memory is out; default: 4")
@@ -145,8 +146,16 @@ def _draw(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    if options.prompts_file is not None:
-        return _generate_file(options)
+    generate = _generate_prompts if options.prompts_file is None else _generate_file
+    if not options.nvtx:
+        return generate(options)
+    from .ranges import nvtx_ranges
+
+    with nvtx_ranges():
+        return generate(options)
+
+
+def _generate_prompts(options: argparse.Namespace) -> int:
     from PIL import Image
 
     if not options.prompt or options.batch is not None or options.overwrite:
