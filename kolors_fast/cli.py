@@ -1,4 +1,4 @@
-"""The command `kolors-fast`: generate | evaluate | train | info.
+"""The command `kolors-fast`: generate | evaluate | bench | train | info.
 
 Every failure that a user can cause is one sentence on stderr and exit status 1 (2 for a wrong command line).
 """
@@ -71,6 +71,23 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("-o", "--output", type=Path, required=True, help="folder of checkpoints and of the model")
     train.add_argument("--stages", nargs="+", help="only these stages of the recipe, in its order")
     train.add_argument("--threads", type=int, help="CPU threads; default: all")
+
+    bench = commands.add_parser("bench", help="time steps and pictures against pure PyTorch and diffusers")
+    bench.set_defaults(run=_bench)
+    bench.add_argument("--model", help="bundled name, folder or hub id; default on a CPU: kolors-tiny")
+    bench.add_argument("--variant", help="file variant of the weights, such as fp16")
+    bench.add_argument("--config", choices=["kolors"], help="random weights; default on CUDA: kolors")
+    bench.add_argument("--steps", type=int, default=25, help="default: 25")
+    bench.add_argument("--batch", type=int, default=1, help="pictures in one call; default: 1")
+    bench.add_argument("--height", type=int)
+    bench.add_argument("--width", type=int)
+    bench.add_argument("--device", help="default: cuda if there is one, else cpu")
+    bench.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float16 on cuda")
+    bench.add_argument("--rounds", type=int, default=5, help="turns of each provider; default: 5")
+    providers = ["kolors_fast", "kolors_fast_graphs", "diffusers"]
+    bench.add_argument("--providers", nargs="*", choices=providers, default=providers, help="beside pure PyTorch")
+    bench.add_argument("--compile", action="store_true", help="also diffusers under torch.compile")
+    bench.add_argument("-o", "--output", type=Path, help="also write all rounds and their provenance as JSON")
 
     info = commands.add_parser("info", help="versions, and which backends exist or why not")
     info.set_defaults(run=_info)
@@ -276,6 +293,12 @@ def _train(options: argparse.Namespace) -> None:
     from .training import train_command
 
     train_command(options.recipe, options.output, stages=options.stages, threads=options.threads)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .benchmark import bench
+
+    bench(options)
 
 
 def _info(options: argparse.Namespace) -> None:
