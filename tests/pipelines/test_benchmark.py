@@ -85,6 +85,8 @@ def test_random_weights_agree_and_read_short_prompts() -> None:
     entered = {name: benchmark._enter(name, pipeline, False) for name in ("pytorch", "kolors_fast", "diffusers")}
     providers = {name: entry for name, entry in entered.items() if isinstance(entry, benchmark.Provider)}
     assert len(providers) == 3
+    assert providers["pytorch"].pipeline.unet.conv_out.weight.is_contiguous()  # else laid out anew in its first picture
+    assert not providers["kolors_fast"].pipeline.unet.conv_out.weight.is_contiguous()
     benchmark._agree(providers, asked, torch.float32, False)
     states = text["prompt_embeds"]
     assert states.shape == (2, 256, 32) and len(states[0].unique(dim=0)) == 21  # 20 tokens and the pad
