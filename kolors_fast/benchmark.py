@@ -116,6 +116,10 @@ def _checked(options: argparse.Namespace) -> tuple[bool, torch.device, torch.dty
     if options.output is not None and not options.output.parent.is_dir():
         raise ValueError(f"--output: expected a name in an existing folder, got {str(options.output)!r}")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: expected cpu, for torch sees no CUDA device, got {options.device!r}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose memory is counted, and for whom is waited
     dtype = getattr(torch, options.dtype or ("float16" if device.type == "cuda" else "float32"))
     if options.model is None and options.config is None:
         options.model, options.config = (None, "kolors") if device.type == "cuda" else ("kolors-tiny", None)

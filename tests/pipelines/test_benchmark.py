@@ -69,6 +69,7 @@ def test_wrong_pictures_are_not_timed(
         (["--height", "0"], "height: expected a positive multiple of 8, got 0"),
         (["--model", "kolors-tiny", "--config", "kolors"], "--config: expected none together with --model"),
         (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--device", "nonsense"], "nonsense"),
         (["-o", "/no/such/folder/out.json"], "--output: expected a name in an existing folder"),
     ],
 )
@@ -76,6 +77,12 @@ def test_bad_options_are_one_sentence(arguments: list[str], sentence: str, capsy
     assert main([*QUICK, *arguments]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kolors-fast: ")]
     assert sentence in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_device_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QUICK, "--device", "cuda"]) == 1
+    assert "--device: expected cpu, for torch sees no CUDA device, got 'cuda'" in capsys.readouterr().err
 
 
 def test_random_weights_agree_and_read_short_prompts() -> None:
