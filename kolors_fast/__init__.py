@@ -9,6 +9,7 @@ Names are imported at first use, so that `import kolors_fast` stays quick.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .models.unet import KolorsUNet
     from .ops import explain, use_backend
     from .pipelines.kolors import KolorsPipeline
+    from .ranges import nvtx_ranges
     from .savings import without
 
 _HOME = {
@@ -27,6 +29,7 @@ _HOME = {
     "KolorsPipeline": "pipelines.kolors",
     "KolorsUNet": "models.unet",
     "explain": "ops",
+    "nvtx_ranges": "ranges",
     "use_backend": "ops",
     "without": "savings",
 }
@@ -39,6 +42,7 @@ __all__ = [  # noqa: RUF022  (models first)
     "ChatGLMTokenizer",
     "KolorsPipeline",
     "explain",
+    "nvtx_ranges",
     "use_backend",
     "without",
 ]
@@ -50,3 +54,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+if os.environ.get("KOLORS_FAST_NVTX", "0") not in ("", "0"):
+    __getattr__("nvtx_ranges")()

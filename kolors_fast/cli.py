@@ -1,4 +1,4 @@
-"""The command `kolors-fast`: generate | evaluate | train | info.
+"""The command `kolors-fast`: generate | evaluate | bench | train | info.
 
 Every failure that a user can cause is one sentence on stderr and exit status 1 (2 for a wrong command line).
 """
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, nargs="+", default=[0], help="one picture per prompt and seed")
     generate.add_argument("--memory-limit", help="such as 8GiB: choose what is in memory when, and print the plan")
     generate.add_argument("--compare-reference", action="store_true", help="draw again in pure PyTorch and compare")
+    generate.add_argument("--nvtx", action="store_true", help="NVTX ranges around steps, blocks and ops, for nsys")
     many = generate.add_argument_group("many prompts", _MANY_PROMPTS)
     many.add_argument("--prompts-file", metavar="FILE", help="draw what each line asks for; - reads stdin")
     many.add_argument("--batch", type=int, help="pictures at once, halved when memory is out; default: 4")
@@ -70,6 +71,23 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("-o", "--output", type=Path, required=True, help="folder of checkpoints and of the model")
     train.add_argument("--stages", nargs="+", help="only these stages of the recipe, in its order")
     train.add_argument("--threads", type=int, help="CPU threads; default: all")
+
+    bench = commands.add_parser("bench", help="time steps and pictures against pure PyTorch and diffusers")
+    bench.set_defaults(run=_bench)
+    bench.add_argument("--model", help="bundled name, folder or hub id; default on a CPU: kolors-tiny")
+    bench.add_argument("--variant", help="file variant of the weights, such as fp16")
+    bench.add_argument("--config", choices=["kolors"], help="random weights; default on CUDA: kolors")
+    bench.add_argument("--steps", type=int, default=25, help="default: 25")
+    bench.add_argument("--batch", type=int, default=1, help="pictures in one call; default: 1")
+    bench.add_argument("--height", type=int)
+    bench.add_argument("--width", type=int)
+    bench.add_argument("--device", help="default: cuda if there is one, else cpu")
+    bench.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float16 on cuda")
+    bench.add_argument("--rounds", type=int, default=5, help="turns of each provider; default: 5")
+    providers = ["kolors_fast", "kolors_fast_graphs", "diffusers"]
+    bench.add_argument("--providers", nargs="*", choices=providers, default=providers, help="beside pure PyTorch")
+    bench.add_argument("--compile", action="store_true", help="also diffusers under torch.compile")
+    bench.add_argument("-o", "--output", type=Path, help="also write all rounds and their provenance as JSON")
 
     info = commands.add_parser("info", help="versions, and which backends exist or why not")
     info.set_defaults(run=_info)
@@ -145,8 +163,16 @@ def _draw(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    if options.prompts_file is not None:
-        return _generate_file(options)
+    generate = _generate_prompts if options.prompts_file is None else _generate_file
+    if not options.nvtx:
+        return generate(options)
+    from .ranges import nvtx_ranges
+
+    with nvtx_ranges():
+        return generate(options)
+
+
+def _generate_prompts(options: argparse.Namespace) -> int:
     from PIL import Image
 
     if not options.prompt or options.batch is not None or options.overwrite:
@@ -267,6 +293,12 @@ def _train(options: argparse.Namespace) -> None:
     from .training import train_command
 
     train_command(options.recipe, options.output, stages=options.stages, threads=options.threads)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .benchmark import bench
+
+    bench(options)
 
 
 def _info(options: argparse.Namespace) -> None:
