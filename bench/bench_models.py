@@ -269,7 +269,7 @@ def test_first_picture_of_a_process(race: Any, provider: str, device: str) -> No
     def line_up() -> dict[str, Any]:
         return {name: (partial(start, script), None) for name, script in scripts.items()}
 
-    race("first picture of a process, bundled model, 25 steps", provider, line_up, rounds=3)
+    race("first picture of a process, bundled model, 25 steps", provider, line_up, rounds=3, warmup=0)
 
 
 def _agreeing(calls: dict[str, Callable[[], Any]], **tolerance: float) -> dict[str, Any]:

@@ -59,7 +59,7 @@ _LAST: dict[str, dict[str, list[float] | str]] = {}  # group -> provider -> seco
 
 
 def take_turns(
-    providers: dict[str, Provider], rounds: int, iterations: int, grad: bool, graph: bool
+    providers: dict[str, Provider], rounds: int, iterations: int, grad: bool, graph: bool, warmup: int = WARMUP
 ) -> dict[str, list[float] | str]:
     """Seconds of a call, averaged over `iterations`, for each round of each provider.
 
@@ -77,12 +77,12 @@ def take_turns(
             with use_backend(backend):
                 on_gpu = graph and torch.cuda.is_available()
                 clocks[name] = _gpu_clock(name, call) if on_gpu else partial(_wall_clock, call, iterations)
-        for _ in range(WARMUP + rounds):
+        for _ in range(warmup + rounds):
             for name, (_, backend) in here.items():
                 with use_backend(backend):
                     times[name].append(clocks[name]())
     reasons = {name: provider for name, provider in providers.items() if isinstance(provider, str)}
-    return {**reasons, **{name: seconds[WARMUP:] for name, seconds in times.items()}}
+    return {**reasons, **{name: seconds[warmup:] for name, seconds in times.items()}}
 
 
 def _wall_clock(call: Callable[[], Any], iterations: int) -> float:
@@ -161,6 +161,7 @@ def race(benchmark: Any) -> Callable[..., None]:
         grad: bool = False,
         memory: bool = False,
         graph: bool = False,
+        warmup: int = WARMUP,
     ) -> None:
         if group not in _LAST:
             _LAST.clear()
@@ -174,7 +175,7 @@ def race(benchmark: Any) -> Callable[..., None]:
                     entered[name] = entry()
             if memory:
                 _PEAK.update({n: peak_bytes(*e) for n, e in entered.items() if not isinstance(e, str)})
-            _LAST[group] = take_turns(entered, rounds, iterations, grad, graph)
+            _LAST[group] = take_turns(entered, rounds, iterations, grad, graph, warmup)
         times = _LAST[group][provider]
         if isinstance(times, str):
             pytest.skip(times)  # the reason why it cannot run
