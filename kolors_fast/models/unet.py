@@ -336,13 +336,13 @@ class KolorsUNet(PretrainedModel):
 
     def plan_steps(self, timesteps: Tensor, prompt: Prompt) -> Steps:
         """The shifts of all steps [T] of a run at once."""
-        state = State((timesteps, prompt.added), self._time_layers())
+        state = State((timesteps,), self._time_layers())
         time = self.embed_time(timesteps, prompt.added)[:, None]  # [T, 1, time_dim]
         return Steps(prompt, self.shifts(time, prompt), timesteps, state)
 
     def follows(self, steps: Steps, prompt: Prompt) -> bool:
         """Whether a plan still holds: for this prompt, and no layer that made it has changed since."""
-        return steps.prompt is prompt and steps.state.holds((steps.timesteps, prompt.added), self._time_layers())
+        return steps.prompt is prompt and steps.state.holds((steps.timesteps,), self._time_layers())
 
     def _time_layers(self) -> list[nn.Module]:
         """Whatever turns timesteps into shifts."""
