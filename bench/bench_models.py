@@ -117,8 +117,10 @@ def _step_of(config: dict[str, Any], side: int, device: str, dtype: torch.dtype,
     }
     if device == "cpu":
         del calls["kolors_fast_graph"]
+    # diffusers has the weights, and is what the others are compared with
     chosen = {name: make() for name, make in calls.items() if name in selected or name == "diffusers"}
-    return _agreeing(chosen, **TOLERANCE[dtype])
+    agreeing = _agreeing(chosen, **TOLERANCE[dtype])
+    return {name: provider for name, provider in agreeing.items() if name in selected}
 
 
 def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -146,27 +148,30 @@ def _without(names: Iterable[str], call: Callable[[], Any]) -> Callable[[], Any]
     return run
 
 
-STEP_PROVIDERS = [*PROVIDERS[:2], "diffusers_max_autotune", *PROVIDERS[2:], "kolors_fast_graph", *EACH_OFF]
+def _race_steps(race: Any, provider: str, device: str, selected: set[str], what: str) -> None:
+    """Several steps in a row, as in a run: the one after another model's finds the caches full of its weights."""
+    if device == "cpu":
+        group = f"{what}, 33M, latent 32x32, CFG batch 2, 20 of 256 text tokens, float32"
+        line_up = partial(_step_of, SMALL_UNET, 32, device, torch.float32, selected)
+        race(group, provider, line_up, rounds=11, iterations=5)
+    else:
+        group = f"{what}, Kolors 2.58B, 1024x1024, CFG batch 2, 20 of 256 text tokens, bfloat16"
+        line_up = partial(_step_of, KOLORS_UNET, 128, device, torch.bfloat16, selected)
+        race(group, provider, line_up, rounds=11, iterations=5, memory=True)
 
 
-@pytest.mark.parametrize("provider", STEP_PROVIDERS)
+@pytest.mark.parametrize(
+    "provider", [*PROVIDERS[:2], "diffusers_max_autotune", "reference", "kolors_fast_graph", "kolors_fast"]
+)
 def test_unet_step(race: Any, provider: str, device: str, selected: set[str]) -> None:
     if device == "cpu" and provider == "kolors_fast_graph":
         pytest.skip("a CPU has no CUDA graphs")
-    if device == "cpu":
-        group = "UNet step, 33M, latent 32x32, CFG batch 2, 20 of 256 text tokens, float32"
-        race(
-            group, provider, lambda: _step_of(SMALL_UNET, 32, device, torch.float32, selected), rounds=15, iterations=2
-        )
-    else:
-        group = "UNet step, Kolors 2.58B, 1024x1024, CFG batch 2, 20 of 256 text tokens, bfloat16"
-        race(
-            group,
-            provider,
-            lambda: _step_of(KOLORS_UNET, 128, device, torch.bfloat16, selected),
-            rounds=15,
-            memory=True,
-        )
+    _race_steps(race, provider, device, selected - set(EACH_OFF), "UNet step")
+
+
+@pytest.mark.parametrize("provider", ["kolors_fast", *EACH_OFF])
+def test_savings(race: Any, provider: str, device: str, selected: set[str]) -> None:
+    _race_steps(race, provider, device, selected & {"kolors_fast", *EACH_OFF}, "UNet step without one saving")
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -48,10 +48,11 @@ if [ "$what" = ops ]; then
     bench compiled 50 "test_forward and (sd3_2x4096x1536 or kolors_2x640x64x64 or kolors_2x1024x10240)"
 else
     part graphs 60 python -m pytest tests/sampling/test_graphs.py -q -p no:cacheprovider
-    bench step 90 "unet_step and not compile and not autotune"
-    bench parts 90 "(block or host or decode or encoding) and not compile"
+    bench step 60 "unet_step and not compile and not autotune"
+    bench savings 60 "savings"
+    bench parts 80 "(block or host or decode or encoding) and not compile"
     part profile 40 python bench/profile_step.py 40
-    bench compiled 180 "unet_step and (diffusers or compile or (kolors_fast and not without))"
+    bench compiled 180 "unet_step"
     bench first 60 "first_picture and not compile"
 fi
 if [ ${#rows[@]} -gt 0 ]; then
