@@ -105,6 +105,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float16 on cuda")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="capture a step once and replay it; tells the memory"
+    )
     parser.add_argument("--backend", choices=["reference", "cpu", "triton", "cuda"], help="force one for every op")
 
 
@@ -118,6 +121,10 @@ def _load(options: argparse.Namespace, pictures: int = 1) -> Any:
     from .pipelines.memory import plan_memory
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: expected cpu, for torch sees no CUDA device, got {device!r}")
+    if options.cuda_graphs and torch.device(device).type != "cuda":
+        raise ValueError(f"--cuda-graphs: expected a CUDA device, got {device!r}")
     dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
     use_backend(options.backend)
     plan = None
@@ -135,7 +142,7 @@ def _load(options: argparse.Namespace, pictures: int = 1) -> Any:
             quantization=options.text_encoder_quantization,
         )
         print(plan)
-    return KolorsPipeline.from_pretrained(
+    pipeline = KolorsPipeline.from_pretrained(
         options.model,
         torch_dtype=dtype,
         variant=options.variant,
@@ -143,6 +150,13 @@ def _load(options: argparse.Namespace, pictures: int = 1) -> Any:
         text_encoder_quantization=options.text_encoder_quantization,
         memory_limit=plan,
     )
+    if options.cuda_graphs:
+        import logging
+
+        logging.basicConfig(format="kolors-fast: %(message)s")
+        logging.getLogger(__package__).setLevel(logging.INFO)  # tells what each graph costs in memory
+        pipeline.enable_cuda_graphs()
+    return pipeline
 
 
 def _draw(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds: list[int]) -> list[Any]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from kolors_fast.assets import bundled
@@ -108,6 +109,12 @@ def test_info_says_why_a_backend_is_missing(capsys: pytest.CaptureFixture[str]) 
         (["-o", "out.xyz"], "--output: expected a picture's name"),
         (["-o", "/no/such/folder/out.png"], "--output: expected a name in an existing folder"),
         (["--device", "nonsense"], "nonsense"),
+        (["--cuda-graphs", "--device", "cpu"], "--cuda-graphs: expected a CUDA device, got 'cpu'"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device: expected cpu, for torch sees no CUDA device, got 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(
