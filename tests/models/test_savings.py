@@ -227,3 +227,21 @@ def test_training_leaves_the_weights_where_they_are() -> None:
         ours(**arguments)
     assert qkv(ours).to_q.weight.data_ptr() == address
     assert not lie_together(ours)
+
+
+# ---- torch.compile
+
+
+@torch.no_grad()
+def test_a_compiled_denoiser_keeps_what_is_kept_of_prompts() -> None:
+    """After `unet.denoise = torch.compile(unet.denoise)` no step and no prompt compiles again."""
+    (ours, theirs), arguments = pair(), inputs()
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    ours.denoise = torch.compile(ours.denoise, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
+    for change in ({}, {"timestep": 3}, inputs(length=40)):
+        given = {**arguments, **change}
+        assert relative(ours(**given).sample, theirs(**given).sample) < 2e-6
+    assert counters["stats"]["unique_graphs"] == 1
+    assert len(ours._prompts._entries) == 1 + 1  # the last text is another
