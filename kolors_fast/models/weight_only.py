@@ -1,14 +1,14 @@
 """Weight-only quantisation of linear layers: 8 or 4 bits per weight in memory, the product in the activation's dtype.
 
-Why not torch's own kernels: a text encoder reads some tens of rows once per picture, and for those torch's are no
-faster than making the weight anew, chunk by chunk, and multiplying. 24 rows through 4096 -> 13696 on two CPU threads
-with torch 2.13, in ms (bench/weight_only.py):
+Why not torch's own kernels: a text encoder reads some tens of rows once per picture. For those, making the weight anew,
+chunk by chunk, and multiplying is six times as fast as torch's int8 kernel in fp32 and fp16, and up to three times as
+slow in bf16. 24 rows through 4096 -> 13696 on two CPU threads with torch 2.13, in ms (bench/weight_only.py):
 
     fp32  bf16  fp16
-      48    12    59  nn.Linear
-     646    22   800  torch._weight_int8pack_mm
-      84    25    74  this module, int8
-      96    27    78  this module, int4
+      45    11    57  nn.Linear
+     556    21   655  torch._weight_int8pack_mm
+     104    64   106  this module, int8
+      86    27    87  this module, int4
 
 `torch._weight_int4pack_mm` takes bf16 only, in a tiled layout that belongs to one device. Both are private, and the
 devices that have them change between versions.
