@@ -1,8 +1,8 @@
 """Weight-only quantisation of linear layers: 8 or 4 bits per weight in memory, the product in the activation's dtype.
 
 Why not torch's own kernels: a text encoder reads some tens of rows once per picture. For those, making the weight anew,
-chunk by chunk, and multiplying is six times as fast as torch's int8 kernel in fp32 and fp16, and up to three times as
-slow in bf16. 24 rows through 4096 -> 13696 on two CPU threads with torch 2.13, in ms (bench/weight_only.py):
+chunk by chunk, and multiplying is at least five times as fast as torch's int8 kernel in fp32 and fp16, and up to three
+times as slow in bf16. 24 rows through 4096 -> 13696 on two CPU threads with torch 2.13, in ms (bench/weight_only.py):
 
     fp32  bf16  fp16
       45    11    57  nn.Linear
