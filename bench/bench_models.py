@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kolors_fast import AutoencoderKL, ChatGLM, ChatGLMTokenizer, KolorsPipeline, KolorsUNet, without
 from kolors_fast.assets import bundled
+from kolors_fast.benchmark import KOLORS_VAE
 from kolors_fast.models.unet_blocks import TransformerBlock
 from kolors_fast.models.unet_conditioning import Conditioning, Prompt, balanced, collapse_pads
 from kolors_fast.ops import use_backend
@@ -336,15 +337,6 @@ def test_whole_picture(race: Any, provider: str, device: str) -> None:
 
     side = 8 * KolorsUNet.load_config(bundled("kolors-tiny"), subfolder="unet")["sample_size"]
     race(f"one {side}x{side} picture, bundled model, 25 steps, CFG", provider, line_up, rounds=5)
-
-
-KOLORS_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "scaling_factor": 0.13025,
-}
 
 
 @pytest.mark.parametrize("provider", [*PROVIDERS, "kolors_fast_tiled"])

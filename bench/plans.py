@@ -6,8 +6,9 @@ python bench/plans.py
 from __future__ import annotations
 
 import torch
-from bench_models import KOLORS_UNET, KOLORS_VAE
+from bench_models import KOLORS_UNET
 
+from kolors_fast.benchmark import KOLORS_VAE
 from kolors_fast.pipelines.memory import plans
 
 CHATGLM = {

@@ -59,6 +59,10 @@ def sinusoidal_embedding(positions: Tensor, dim: int, *, flip_sin_to_cos: bool, 
     return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
 
 
+# what PEFT's layers hold beside parameters, and change without touching any
+PEFT_STATE = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+
+
 class Linear(nn.Linear):
     """nn.Linear by the fastest library at hand."""
 

@@ -21,10 +21,7 @@ from ..ops._backends import forced
 from ..ops._library import tracing
 from ..ops._marks import Mark
 from .attention import Attention, Folded, KeysValues
-from .layers import is_wrapped
-
-# what PEFT's layers hold beside parameters, and change without touching any
-_PEFT_STATE = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+from .layers import PEFT_STATE, is_wrapped
 
 
 class Prompt:
@@ -90,7 +87,7 @@ class State:
         self.marks: list[Mark | None] | None = None  # None: the result cannot be kept
         if found is None or torch.is_grad_enabled() or tracing(*tensors):
             return
-        if not any(t is not None and t.is_inference() for t in found[0]):
+        if all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_inference()) for t in found[0]):
             self.marks = [None if t is None else Mark(t, on_death) for t in found[0]]
             self.others = (found[1], numbers, _switches())
 
@@ -120,10 +117,10 @@ def _inputs(
         if not is_wrapped(layer):
             found += layer._parameters.values()
             continue
-        if not all(hasattr(layer, name) for name in _PEFT_STATE):
+        if not all(hasattr(layer, name) for name in PEFT_STATE):
             return None
         found += layer.parameters()
-        others.append([repr(getattr(layer, name)) for name in _PEFT_STATE])
+        others.append([repr(getattr(layer, name)) for name in PEFT_STATE])
     return found, others
 
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import savings
+from ..models.layers import PEFT_STATE
 from ..ops._backends import forced
 from ..schedulers import StepTable
 
 logger = logging.getLogger(__name__)
 
 WARM_UPS = 2  # runs before a capture: what is compiled, loaded or chosen at the first call cannot be captured
-_WRAPPER_STATE = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")  # of PEFT's layers
 
 
 class Plan(Protocol):
@@ -126,15 +126,16 @@ class StepGraphs:
         """Row `row` of `table` from `sample`: (next, denoised), tensors that the next step overwrites."""
         if self._captures and sample.device.type != "cuda":
             raise ValueError(f"graphs: expected a model on a CUDA device, got one on {sample.device}")
-        key = (
-            tuple(sample.shape), sample.dtype, sample.device, tuple(weights.shape), plan.signature(), len(table),
-            table.uses_previous, table.clip, any(table.needs_noise), _baked(self.model),
-        )  # fmt: skip
+        key = self._key(plan, table, sample, weights)
         program = self._programs.get(key)
         if program is None:
-            program = self._programs[key] = Program(predict, plan, table, sample, weights)
+            program = Program(predict, plan, table, sample, weights)
             program.load(plan, table, row, sample, weights, previous, noise)
             program.replay = self._record(program)
+            key = self._key(
+                plan, table, sample, weights
+            )  # a model's first run may have joined weights, which moves them
+            self._programs[key] = program
             while len(self._programs) > self.keep:
                 self._programs.popitem(last=False)
         self._programs.move_to_end(key)
@@ -144,6 +145,12 @@ class StepGraphs:
 
     def __len__(self) -> int:
         return len(self._programs)
+
+    def _key(self, plan: Plan, table: StepTable, sample: Tensor, weights: Tensor) -> Hashable:
+        return (
+            tuple(sample.shape), sample.dtype, sample.device, tuple(weights.shape), plan.signature(), len(table),
+            table.uses_previous, table.clip, any(table.needs_noise), _baked(self.model),
+        )  # fmt: skip
 
     def _capture(self, program: Program) -> Callable[[], None]:
         before = torch.cuda.memory_reserved()
@@ -176,5 +183,5 @@ def _baked(model: nn.Module) -> Hashable:
         modules += module._modules.values()
         addresses += [0 if tensor is None else tensor.data_ptr() for tensor in module._parameters.values()]
         if "scaling" in module.__dict__:
-            strengths.append(repr([getattr(module, name, None) for name in _WRAPPER_STATE]))
+            strengths.append(repr([getattr(module, name, None) for name in PEFT_STATE]))
     return tuple(addresses), tuple(strengths), savings.switched_off(), forced()

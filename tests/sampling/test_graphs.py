@@ -198,6 +198,22 @@ def test_pictures_of_graphs_are_those_without(monkeypatch: pytest.MonkeyPatch) -
         assert (a - b).abs().max() < 1e-4 * b.abs().max()
 
 
+def test_a_fresh_model_is_captured_once() -> None:
+    """Its first run, the warm-up of the capture, joins weights and so moves them."""
+    pipeline = KolorsPipeline.from_pretrained(bundled("kolors-tiny"), torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    made = []
+
+    def warmed_up(program: Program) -> Any:
+        program.run()
+        made.append(program)
+        return program.run
+
+    pipeline._graphs = StepGraphs(pipeline.unet, record=warmed_up)
+    pipeline("red circle", num_inference_steps=4, output_type="latent")
+    assert len(made) == len(pipeline._graphs) == 1
+
+
 def test_a_graph_on_a_cpu_is_refused() -> None:
     pipeline = KolorsPipeline.from_pretrained(bundled("kolors-tiny"), torch_dtype=torch.float32)
     with pytest.raises(ValueError, match="enable_cuda_graphs: expected a pipeline on a CUDA device, got one on cpu"):
