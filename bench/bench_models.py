@@ -205,7 +205,9 @@ def test_transformer_block(race: Any, provider: str, device: str) -> None:
         states = torch.randn(2, 256, text, device=device, dtype=dtype)
         states[:, : 256 - REAL_TOKENS] = states[:, :1]
         with torch.no_grad():
-            short, bias = collapse_pads(states)  # type: ignore[misc]
+            found = collapse_pads(states)
+            assert found is not None
+            short, bias = found
             prompt = Prompt(short, balanced(bias, dtype), x, [ours.attn2])
         cond = Conditioning(prompt, {})
 

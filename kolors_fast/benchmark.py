@@ -159,7 +159,7 @@ def random_pipeline(
         }
     tokenizer = ChatGLMTokenizer.from_pretrained(bundled("kolors-tiny"), subfolder="tokenizer")
     scheduler = EulerDiscreteScheduler.from_pretrained(bundled("kolors-tiny"), subfolder="scheduler")
-    return KolorsPipeline(**models, tokenizer=tokenizer, scheduler=scheduler)  # type: ignore[arg-type]
+    return KolorsPipeline(**models, tokenizer=tokenizer, scheduler=scheduler)  # type: ignore[arg-type]  # by name
 
 
 def random_text(unet: KolorsUNet, batch: int) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def _agree(providers: dict[str, Provider], asked: dict[str, Any], dtype: torch.d
 def _peak(profiled: profile) -> int:
     """The most bytes that torch's allocator held on the CPU besides what it held before."""
     held = most = 0
-    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]  # it has run
         if event.name() == "[memory]":
             held += event.nbytes()  # type: ignore[union-attr]
             most = max(most, held)

@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
     @property
     def _out(self) -> Linear:
-        out: Linear = self.to_out[0]  # type: ignore[assignment]
+        out: Linear = self.to_out[0]  # type: ignore[assignment]  # or what wraps it
         return out
 
     def _split_heads(self, projected: Sequence[Tensor]) -> list[Tensor]:

@@ -195,7 +195,7 @@ def _composed(call: Call) -> tuple[Tensor, Tensor | None]:
     try:
         q, k, v = call[:3]
         if any(weight is not None for weight in call[3:10]):  # or an added stream: else there is nothing to pack
-            q, k, v = pack(*call[:10], call.eps)  # type: ignore[assignment]
+            q, k, v = pack(*call[:10], call.eps)  # type: ignore[assignment]  # v was given
         return _split(call, _attention.attend(q, k, v, call.key_bias, call.scale))
     except (RuntimeError, TypeError):
         _operator.refuse_by_kind(call)
