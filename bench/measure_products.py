@@ -37,10 +37,10 @@ for parameter, value in ((-4, 0), (-1, -1)):  # as in bench/conftest.py: freed m
 def linear(rows: int, depth: int, width: int) -> dict[str, Callable[[], Any]]:
     weights = [torch.randn(width, depth) for _ in range(_copies(4 * depth * width))]
     x, bias = torch.randn(rows, depth), torch.randn(width)
-    onednn = torch.ops.mkldnn._linear_pointwise
     return {
         "torch": lambda: [F.linear(x, w, bias) for w in weights],
-        "onednn": lambda: [onednn(x, w, bias, "none", [], "") for w in weights],
+        "onednn": lambda: [_products._onednn_linear(x, w, bias) for w in weights],
+        "kolors_fast": lambda: [_products._packed_linear(x, w, bias) for w in weights],
     }
 
 
@@ -49,12 +49,11 @@ def conv2d(side: int, channels: int, out: int) -> dict[str, Callable[[], Any]]:
         return x.contiguous(memory_format=torch.channels_last)
 
     weights = [last(torch.randn(out, channels, 3, 3)) for _ in range(_copies(36 * channels * out))]
-    x, bias, places = last(torch.randn(2, channels, side, side)), torch.randn(out), ([1, 1], [1, 1], [1, 1], 1)
-    packed = [torch.ops.mkldnn._reorder_convolution_weight(w, *places, [*x.shape]) for w in weights]
-    onednn = torch.ops.mkldnn._convolution_pointwise
+    x, bias, one = last(torch.randn(2, channels, side, side)), torch.randn(out), (1, 1)
     return {
         "torch": lambda: [F.conv2d(x, w, bias, 1, 1) for w in weights],
-        "packed": lambda: [onednn(x, w, bias, *places, "none", [], "") for w in packed],
+        "packed": lambda: [_products._packed_conv2d(x, w, bias, one, one) for w in weights],
+        "winograd": lambda: [_products._winograd(x, w, bias) for w in weights],
     }
 
 

@@ -229,6 +229,35 @@ void normalise_backward(const QkNormPart *parts, void *, int count, int64_t batc
     kernels().qk_norm_backward(a);
 }
 
+void check_linear(int64_t depth, int64_t width) {
+    if (depth < 1 || width < 1)
+        throw py::value_error("depth and width must be positive");
+}
+
+void pack_linear(const float *weight, float *packed, int64_t depth, int64_t width, bool gated) {
+    check_linear(depth, width);
+    const py::gil_scoped_release released;
+    kernels().pack_linear({{depth, width, gated}, weight, packed});
+}
+
+void linear(const float *x, const float *packed, const float *bias, float *y, int64_t rows, int64_t row_stride,
+            int64_t depth, int64_t width, bool gated) {
+    check_linear(depth, width);
+    const py::gil_scoped_release released;
+    kernels().linear({{depth, width, gated}, x, packed, bias, y, rows, row_stride});
+}
+
+void pack_winograd(const float *weight, float *packed, int64_t channels, int64_t out) {
+    const py::gil_scoped_release released;
+    kernels().pack_winograd({{0, 0, 0, channels, out}, weight, packed});
+}
+
+void winograd(const float *x, const float *packed, const float *bias, float *y, int64_t batch, int64_t height,
+              int64_t width, int64_t channels, int64_t out) {
+    const py::gil_scoped_release released;
+    kernels().winograd({{batch, height, width, channels, out}, x, packed, bias, y});
+}
+
 } // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -294,6 +323,10 @@ PYBIND11_MODULE(_cpu, module) {
            "eps", "dtype", "weight_dtype", "stream");
     define(module, "rms_norm_backward", &rms_norm_backward, "grad_y", "x", "weight", "rstd", "grad_x", "grad_weight",
            "rows", "features", "row_stride", "dtype", "weight_dtype", "stream");
+    define(module, "pack_linear", &pack_linear, "weight", "packed", "depth", "width", "gated");
+    define(module, "linear", &linear, "x", "packed", "bias", "y", "rows", "row_stride", "depth", "width", "gated");
+    define(module, "pack_winograd", &pack_winograd, "weight", "packed", "channels", "out");
+    define(module, "winograd", &winograd, "x", "packed", "bias", "y", "batch", "height", "width", "channels", "out");
     define(module, "qk_norm_forward", &normalise, "parts", "count", "batch", "heads", "head_dim", "eps", "dtype",
            "weight_dtype", "stream");
     define(module, "qk_norm_backward", &normalise_backward, "parts", "workspace", "count", "batch", "heads", "head_dim",

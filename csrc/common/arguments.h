@@ -213,4 +213,45 @@ struct QkNorm {
     DType weight_dtype; // of all weights: dtype or float32
 };
 
+// y = x w^T + bias; gated: w is [2 * width, depth], value and gate, and y = value * gelu(gate).
+struct LinearShape {
+    int64_t depth, width; // width of y
+    bool gated;
+};
+
+struct PackLinear {
+    LinearShape shape;
+    const float *weight; // [width or 2 * width, depth]
+    float *packed;       // as `linear` reads it
+};
+
+struct Linear {
+    LinearShape shape;
+    const float *x; // [rows, depth]
+    const float *packed;
+    const float *bias; // [width or 2 * width] or null
+    float *y;          // [rows, width]
+    int64_t rows;
+    int64_t row_stride; // of x; everything else is dense
+};
+
+// A 3x3 convolution of stride 1 and padding 1.
+struct WinogradShape {
+    int64_t batch, height, width, channels, out;
+};
+
+struct PackWinograd {
+    WinogradShape shape;
+    const float *weight; // [out, 3, 3, channels]
+    float *packed;       // as `winograd` reads it
+};
+
+struct Winograd {
+    WinogradShape shape;
+    const float *x; // [batch, height, width, channels]
+    const float *packed;
+    const float *bias; // [out] or null
+    float *y;          // [batch, height, width, out]
+};
+
 } // namespace kolors_fast

@@ -30,7 +30,11 @@ const char *isa();
     KERNEL(rms_norm_forward, RmsNormForward)                                                                           \
     KERNEL(rms_norm_backward, RmsNormBackward)                                                                         \
     KERNEL(qk_norm_forward, QkNorm)                                                                                    \
-    KERNEL(qk_norm_backward, QkNorm)
+    KERNEL(qk_norm_backward, QkNorm)                                                                                   \
+    KERNEL(pack_linear, PackLinear)                                                                                    \
+    KERNEL(linear, Linear)                                                                                             \
+    KERNEL(pack_winograd, PackWinograd)                                                                                \
+    KERNEL(winograd, Winograd)
 
 #define KOLORS_FAST_DECLARE(name, Arguments) void name(const Arguments &);
 #define KOLORS_FAST_POINTER(name, Arguments) void (*name)(const Arguments &);

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..ops._products import PACKED_LIMIT
+
 _INSIDE = 4 << 20  # bytes that operators take whatever the shapes
 
 
@@ -36,13 +38,17 @@ def activation_bytes(model: nn.Module, call: Callable[[Any], Any]) -> int:
 
 
 def _kept(model: nn.Module) -> int:
-    """Bytes of the copies of float32 convolution weights: in oneDNN's order (`ops/_products.py`), and those after an
-    upsampling also as phases, 16/9 as large (`layers.conv_of_doubled`)."""
-    size = 0
+    """Bytes of the copies of float32 weights: packed for products (`ops/_products.py`), 3x3 ones as 4x4; and those after
+    an upsampling as phases, packed too (`layers.conv_of_doubled`)."""
+    packed = phases = 0
     for name, value in model.named_parameters():
-        if value.dim() == 4 and value.dtype == torch.float32:
-            size += value.nbytes * 32 // 9 if "upsamplers" in name else value.nbytes
-    return size
+        if value.dtype == torch.float32 and value.dim() in (2, 4):
+            winograd = value.dim() == 4 and value.shape[2:] == (3, 3)
+            size = value.nbytes * 16 // 9 if winograd else value.nbytes
+            packed += size
+            if winograd and "upsamplers" in name:
+                phases, packed = phases + size, packed + size
+    return min(packed, PACKED_LIMIT) + phases
 
 
 class _Peak(TorchDispatchMode):

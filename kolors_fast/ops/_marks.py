@@ -48,31 +48,34 @@ class Derived:
     """Tensors made from others, made anew when those have changed, and dropped when they are gone.
 
     Args:
-        limit: bytes of sources beyond which nothing is kept.
+        limit: bytes of derived tensors beyond which nothing more is kept.
     """
 
     def __init__(self, limit: float = float("inf")) -> None:
         self.limit, self.bytes = limit, 0
-        self._kept: dict[int, tuple[Mark, int, Tensor]] = {}  # by id of the source: mark, bytes, what was derived
+        self._kept: dict[tuple[int, str], tuple[Mark, Tensor]] = {}  # by id of the source and kind
 
-    def get(self, source: Tensor, make: Callable[[], Tensor]) -> Tensor | None:
-        """What `make` derives from `source`; None where the source counts no edits or there is no room."""
+    def get(self, source: Tensor, make: Callable[[], Tensor], kind: str = "") -> Tensor | None:
+        """What `make` derives from `source`, one thing of each kind; None where the source counts no edits or there is
+        no room."""
         if source.is_inference():
             return None
-        key = id(source)
+        key = id(source), kind
         kept = self._kept.get(key)
         if kept is not None:
             if kept[0].holds(source):
-                return kept[2]
+                return kept[1]
             self._forget(key)
-        if self.bytes + source.nbytes > self.limit:
+        if self.bytes + source.nbytes > self.limit:  # what is derived is at least as large
             return None
-        mark = Mark(source, lambda _: self._forget(key))
-        self._kept[key] = (mark, source.nbytes, make())
-        self.bytes += source.nbytes
-        return self._kept[key][2]
+        made = make()
+        if self.bytes + made.nbytes > self.limit:
+            return None
+        self._kept[key] = (Mark(source, lambda _: self._forget(key)), made)
+        self.bytes += made.nbytes
+        return made
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: tuple[int, str]) -> None:
         kept = self._kept.pop(key, None)
         if kept is not None:
-            self.bytes -= kept[1]
+            self.bytes -= kept[1].nbytes

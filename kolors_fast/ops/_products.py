@@ -1,11 +1,13 @@
-"""Which library multiplies, in the linear layers and convolutions of the models.
+"""Who multiplies in the linear layers and convolutions of the models.
 
-On a GPU it is torch's own choice: cuBLAS and cuDNN. On a CPU in float32 torch multiplies with MKL, and lets oneDNN
-reorder a convolution's weights anew in each call. oneDNN's own linear layer, and weights that are reordered once, are
-faster for most shapes: `products.json` has the times that bench/measure_products.py took, and the shape nearest to
-the one at hand decides. A CPU that was not measured gets torch's choice. The sums are the same up to their order.
+On a GPU it is torch's own choice: cuBLAS and cuDNN. On a CPU in float32 there are, beside torch's choice of MKL:
+`onednn`, oneDNN's linear layer; `packed`, oneDNN's convolution with weights reordered once instead of in each call;
+and our own: `kolors_fast`, a linear layer of packed weights (csrc/cpu/linear.cpp), and `winograd`, a 3x3 convolution at
+4/9 of its products (csrc/cpu/winograd.cpp). `products.json` has the times that bench/measure_products.py took, and the
+shape nearest to the one at hand decides. A CPU that was not measured gets torch's choice. The sums are the same up to
+their order; each element's does not depend on the number of threads or on the other rows, where ours multiplies.
 
-Reordered weights are a second copy, of PACKED_LIMIT bytes at most in a process; the weights beyond are read in place.
+Packed weights are a second copy, of PACKED_LIMIT bytes at most in a process; the weights beyond are read in place.
 """
 
 from __future__ import annotations
@@ -20,83 +22,156 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import savings
-from . import _backends, _library
+from . import _backends, _library, _rows
 from ._marks import Derived
 
 PACKED_LIMIT = 1 << 30
 _packed = Derived(PACKED_LIMIT)
+PANEL = 32  # columns, as csrc/cpu/product.h has them
+POSITIONS = 16  # of a window, as csrc/cpu/winograd.cpp has them
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias: `F.linear` by the fastest library at hand."""
-    if _chooses(x, weight, bias) and _of_linear(x.shape, weight.shape) == "onednn":
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return y
+    """x @ weight^T + bias: `F.linear` by the fastest at hand."""
+    if _chooses(x, weight, bias):
+        for provider in _for_linear(x.shape, weight.shape):
+            y = _onednn_linear(x, weight, bias) if provider == "onednn" else _packed_linear(x, weight, bias)
+            if y is not None:
+                return y
     return F.linear(x, weight, bias)
+
+
+def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """value * gelu(gate) of the halves of x @ weight^T + bias in one kernel, or None where ours is not the fastest."""
+    if _chooses(x, weight, bias) and _for_linear(x.shape, weight.shape)[:1] == ("kolors_fast",):
+        return _packed_linear(x, weight, bias, gated=True)
+    return None
 
 
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Sequence[int] = (1, 1), padding: Any = (0, 0)
 ) -> Tensor:
-    """`F.conv2d` without dilation and groups, by the fastest library at hand."""
+    """`F.conv2d` without dilation and groups, by the fastest at hand."""
     if (
         _chooses(x, weight, bias)
         and x.is_contiguous(memory_format=torch.channels_last)  # what was measured
-        and _of_conv2d(x.shape, weight.shape, stride[0] * stride[1]) == "packed"
         and not isinstance(padding, str)
     ):
-        packed = _packed.get(weight, lambda: _pack(weight, stride, padding, x.shape))
-        if packed is not None:
-            y: Tensor = torch.ops.mkldnn._convolution_pointwise(
-                x, packed, bias, padding, stride, (1, 1), 1, "none", [], ""
-            )
-            return y
+        for provider in _for_conv2d(x.shape, weight.shape, *stride, *padding):
+            if provider == "packed":
+                y = _packed_conv2d(x, weight, bias, stride, padding)
+            else:
+                y = _winograd(x, weight, bias) if savings.on("winograd") else None
+            if y is not None:
+                return y
     return F.conv2d(x, weight, bias, stride, padding)
 
 
-def _pack(weight: Tensor, stride: Sequence[int], padding: Sequence[int], shape: torch.Size) -> Tensor:
-    """The weight as oneDNN reads it for any input: only its own shape and layout decide."""
-    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, shape)
-    return packed
+# ---- the providers; None where there is no room for packed weights
 
 
-@cache
-def _of_linear(x: torch.Size, weight: torch.Size) -> str:
-    if len(x) < 2:
-        return "torch"
-    return choose("linear", math.prod(x[:-1]), weight[1], weight[0])
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
 
 
-@cache
-def _of_conv2d(x: torch.Size, weight: torch.Size, strides: int) -> str:
-    if len(x) != 4:
-        return "torch"
-    return choose("conv2d", x[0] * x[2] * x[3] // strides, math.prod(weight[1:]), weight[0])
+def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor | None:
+    width, depth = weight.shape[0] // (2 if gated else 1), weight.shape[1]
+    panels = math.ceil(width / (PANEL // 2 if gated else PANEL))
+    module: Any = _backends.extension("cpu")
+
+    def pack() -> Tensor:
+        packed, dense = torch.empty(panels * PANEL * depth), weight.detach().contiguous()
+        module.pack_linear(dense.data_ptr(), packed.data_ptr(), depth, width, gated)
+        return packed
+
+    packed = _packed.get(weight, pack, "gated" if gated else "linear")
+    if packed is None:
+        return None
+    x = _rows.as_rows(x)
+    y = torch.empty(*x.shape[:-1], width)
+    of_bias = 0 if bias is None else bias.contiguous().data_ptr()
+    stride = _rows.row_stride(x)
+    module.linear(
+        x.data_ptr(), packed.data_ptr(), of_bias, y.data_ptr(), x.numel() // depth, stride, depth, width, gated
+    )
+    return y
+
+
+def _packed_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor | None:
+    def pack() -> Tensor:  # for any input: only the weight's own shape and layout decide
+        packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, x.shape)
+        return packed
+
+    packed = _packed.get(weight, pack, "conv2d")
+    if packed is None:
+        return None
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, stride, (1, 1), 1, "none", [], "")
+    return y
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    batch, channels, height, width = x.shape
+    out = weight.shape[0]
+    module: Any = _backends.extension("cpu")
+
+    def pack() -> Tensor:
+        packed = torch.empty(math.ceil(out / PANEL) * PANEL * POSITIONS * channels)
+        dense = weight.detach().contiguous(memory_format=torch.channels_last)
+        module.pack_winograd(dense.data_ptr(), packed.data_ptr(), channels, out)
+        return packed
+
+    packed = _packed.get(weight, pack, "winograd")
+    if packed is None:
+        return None
+    y = torch.empty(batch, out, height, width, memory_format=torch.channels_last)
+    of_bias = 0 if bias is None else bias.contiguous().data_ptr()
+    module.winograd(x.data_ptr(), packed.data_ptr(), of_bias, y.data_ptr(), batch, height, width, channels, out)
+    return y
 
 
 # ---- the choice
 
 
 @cache
-def measured(machine: str) -> dict[str, dict[tuple[int, int, int], str]]:
-    """kind -> (rows, depth, width) -> the fastest provider, as measured on such a machine."""
+def _for_linear(x: torch.Size, weight: torch.Size) -> tuple[str, ...]:
+    if len(x) < 2:
+        return ()
+    return choose("linear", math.prod(x[:-1]), weight[1], weight[0])
+
+
+@cache
+def _for_conv2d(x: torch.Size, weight: torch.Size, *steps: int) -> tuple[str, ...]:
+    if len(x) != 4:
+        return ()
+    found = choose("conv2d", x[0] * x[2] * x[3] // (steps[0] * steps[1]), math.prod(weight[1:]), weight[0])
+    of_any_kernel = tuple(provider for provider in found if provider != "winograd")
+    return found if weight[2:] == (3, 3) and steps == (1, 1, 1, 1) else of_any_kernel
+
+
+@cache
+def measured(machine: str) -> dict[str, dict[tuple[int, int, int], tuple[str, ...]]]:
+    """kind -> (rows, depth, width) -> the providers faster than torch, as measured on such a machine, fastest first."""
     table = json.loads((Path(__file__).parent / "products.json").read_text(encoding="utf-8"))
-    found: dict[str, dict[tuple[int, int, int], str]] = {}
+    found: dict[str, dict[tuple[int, int, int], tuple[str, ...]]] = {}
     for row in table.get(machine, {}).get("rows", []):
-        best = min(row["microseconds"], key=row["microseconds"].get)
-        found.setdefault(row["kind"], {})[tuple(row["shape"])] = best
+        times = row["microseconds"]
+        ranking = sorted(times, key=times.get)
+        found.setdefault(row["kind"], {})[tuple(row["shape"])] = tuple(ranking[: ranking.index("torch")])
     return found
 
 
 @cache
-def choose(kind: str, rows: int, depth: int, width: int, machine: str | None = None) -> str:
-    """The provider that was fastest for the nearest measured shape, in factors of two; "torch" where none was."""
+def choose(kind: str, rows: int, depth: int, width: int, machine: str | None = None) -> tuple[str, ...]:
+    """The providers that were faster than torch, for the nearest measured shape in factors of two; fastest first."""
     shapes = measured(this_machine() if machine is None else machine).get(kind, {})
     if not shapes:
-        return "torch"
+        return ()
     here = [math.log2(max(n, 1)) for n in (rows, depth, width)]
     nearest = min(shapes, key=lambda shape: math.dist(here, [math.log2(n) for n in shape]))
     return shapes[nearest]
@@ -121,6 +196,9 @@ def _chooses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x.is_cpu
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
+        and (bias is None or bias.dtype is torch.float32)
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
         and x.numel() > 0
         and weight.numel() > 0
         and savings.on("products")
@@ -129,3 +207,6 @@ def _chooses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not _library.tracing(x, weight, bias)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+_PLAIN = (Tensor, nn.Parameter)  # whose data is at their address

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import _backends, _library, _rows
 from ._arguments import refused_by_kind
 from ._operator import Operator, backward_by_rerun
+from ._products import geglu_linear as packed_geglu_linear
 from ._products import linear
 from ._spec import Case, Inputs, OpSpec
 from .geglu import SPEC as GEGLU
@@ -112,7 +113,8 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _composed(call: Call) -> tuple[Tensor]:
     try:
-        return (geglu(linear(*call)),)
+        y = packed_geglu_linear(*call)
+        return (geglu(linear(*call)) if y is None else y,)
     except (RuntimeError, TypeError):
         _operator.refuse_by_kind(call)
         raise

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kolors_fast
-from kolors_fast.ops import _products, use_backend
+from kolors_fast.ops import _backends, _products, use_backend
 from kolors_fast.ops._marks import Derived, Mark
 
 MACHINE = "AuthenticAMD avx512bf16"
@@ -23,16 +23,24 @@ def test_the_nearest_measured_shape_decides() -> None:
     table = _products.measured(MACHINE)
     assert set(table) == {"linear", "conv2d"}
     for kind, rows in table.items():
-        for shape, fastest in rows.items():
-            assert _products.choose(kind, *shape, machine=MACHINE) == fastest
-    assert _products.choose("linear", 3, 70, 60, machine=MACHINE) == "torch"  # 2x64x64: calling oneDNN costs more
-    assert _products.choose("linear", 150, 250, 2048, machine=MACHINE) == "onednn"
-    assert _products.choose("conv2d", 128, 2304, 256, machine=MACHINE) == "packed"
+        for shape, faster in rows.items():
+            assert _products.choose(kind, *shape, machine=MACHINE) == faster
+    assert _products.choose("linear", 3, 70, 60, machine=MACHINE) == ()  # 2x64x64: the call costs more
+    assert _products.choose("linear", 150, 250, 2048, machine=MACHINE) == ("kolors_fast", "onednn")
+    assert _products.choose("conv2d", 128, 2304, 256, machine=MACHINE) == ("winograd", "packed")
 
 
 def test_an_unmeasured_machine_gets_torchs_choice() -> None:
-    assert _products.choose("linear", 128, 256, 256, machine="GenuineIntel avx2") == "torch"
-    assert _products.choose("matmul", 128, 256, 256, machine=MACHINE) == "torch"
+    assert _products.choose("linear", 128, 256, 256, machine="GenuineIntel avx2") == ()
+    assert _products.choose("matmul", 128, 256, 256, machine=MACHINE) == ()
+
+
+def test_winograds_convolution_is_for_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_products, "choose", lambda *_: ("winograd", "packed"))
+    x, w = torch.Size((2, 3, 19, 20)), torch.Size((7, 3, 3, 3))
+    assert _products._for_conv2d(x, w, 1, 1, 1, 1) == ("winograd", "packed")
+    for other, steps in ((w, (2, 2, 1, 1)), (w, (1, 1, 0, 0)), (torch.Size((7, 3, 2, 2)), (1, 1, 1, 1))):
+        assert _products._for_conv2d(x, other, *steps) == ("packed",)
 
 
 def test_the_table_says_where_it_is_from() -> None:
@@ -41,10 +49,21 @@ def test_the_table_says_where_it_is_from() -> None:
         assert "dirty" not in machine["commit"]
 
 
-@pytest.fixture
-def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_products, "_of_linear", lambda x, _: "onednn" if len(x) > 1 else "torch")
-    monkeypatch.setattr(_products, "_of_conv2d", lambda *_: "packed")
+LINEAR, CONV2D = ("kolors_fast", "onednn"), ("winograd", "packed")
+OURS = pytest.mark.skipif(isinstance(_backends.extension("cpu"), str), reason="the C++ extension is not built")
+
+
+@pytest.fixture(params=[pytest.param((LINEAR[:1], CONV2D[:1]), marks=OURS, id="ours"), (LINEAR[1:], CONV2D[1:])])
+def others(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products by ours, then all by oneDNN."""
+    of_linear, of_conv2d = request.param
+
+    def for_conv2d(x: torch.Size, w: torch.Size, *steps: int) -> tuple[str, ...]:
+        fits = of_conv2d == ("packed",) or (w[2:] == (3, 3) and steps == (1, 1, 1, 1))
+        return of_conv2d if len(x) == 4 and fits else ()
+
+    monkeypatch.setattr(_products, "_for_linear", lambda x, _: of_linear if len(x) > 1 else ())
+    monkeypatch.setattr(_products, "_for_conv2d", for_conv2d)
 
 
 def convolution() -> tuple[Any, Any, Any]:
@@ -53,7 +72,7 @@ def convolution() -> tuple[Any, Any, Any]:
     return torch.randn(2, 5, 9, 7).contiguous(**last), torch.randn(6, 5, 3, 3).contiguous(**last), torch.randn(6)
 
 
-@pytest.mark.usefixtures("onednn")
+@pytest.mark.usefixtures("others")
 @torch.no_grad()
 def test_products_are_those_of_torch() -> None:
     torch.manual_seed(0)
@@ -73,34 +92,52 @@ def test_products_are_those_of_torch() -> None:
             assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.usefixtures("onednn")
+PACKED = {"linear": "linear", "geglu": "gated", "conv2d": "conv2d", "winograd": "winograd"}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=OURS if kind != "conv2d" else ()) for kind in PACKED])
 @torch.no_grad()
-def test_packed_weights_follow_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Derived(limit=6 * 5 * 9 * 4)
+def test_packed_weights_follow_their_source(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Derived()
     monkeypatch.setattr(_products, "_packed", store)
-    x, w, _ = convolution()
+    monkeypatch.setattr(_products, "_for_linear", lambda *_: ("kolors_fast",))
+    monkeypatch.setattr(_products, "_for_conv2d", lambda *_: ("winograd" if kind == "winograd" else "packed",))
+    if kind in ("conv2d", "winograd"):
+        x, w, _ = convolution()
+    else:
+        x, w = torch.randn(7, 9), torch.randn(10, 9)
 
     def same(w: Tensor) -> bool:
-        return torch.allclose(_products.conv2d(x, w, padding=(1, 1)), F.conv2d(x, w, padding=1), rtol=1e-5, atol=1e-5)
+        if kind == "geglu":
+            value, gate = F.linear(x, w).chunk(2, dim=-1)
+            got, want = _products.geglu_linear(x, w), value * F.gelu(gate)
+        elif kind == "linear":
+            got, want = _products.linear(x, w), F.linear(x, w)
+        else:
+            got, want = _products.conv2d(x, w, padding=(1, 1)), F.conv2d(x, w, padding=1)
+        return got is not None and bool((got - want).abs().max() < 1e-5 * want.abs().max())
 
     assert same(w)
-    assert store.bytes == w.nbytes
+    size = store.bytes
+    assert size >= w.nbytes
     w.mul_(2)
     assert same(w)
     w.data.mul_(2)
     assert same(w)
     w.data = w.data.clone(memory_format=torch.preserve_format) * 3
     assert same(w)
-    assert store.bytes == w.nbytes
+    assert store.bytes == size
+    store.limit = size
     other = w.clone(memory_format=torch.preserve_format)  # no room for a second one: read in place
-    assert same(other)
-    assert store.bytes == w.nbytes
+    assert kind == "geglu" or same(other)
+    assert kind != "geglu" or _products.geglu_linear(x, other) is None
+    assert store.bytes == size
     del w
     gc.collect()
     assert store.bytes == 0
 
 
-@pytest.mark.usefixtures("onednn")
+@pytest.mark.usefixtures("others")
 def test_where_torch_alone_multiplies() -> None:
     x, w = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True)
     _products.linear(x, w).sum().backward()  # with gradients

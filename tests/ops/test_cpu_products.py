@@ -1,0 +1,155 @@
+"""Our own products on the CPU: linear, with GEGLU behind it, and Winograd's convolution, on every instruction set."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kolors_fast.ops import _backends, _products
+
+pytestmark = pytest.mark.skipif(
+    isinstance(_backends.extension("cpu"), str), reason="the C++ extension is not built: no product of ours"
+)
+
+# rows, depth, width; tiles have 13 or 6 rows, panels 32 or 16 columns, vectors 16, 8 or 4
+LINEAR = [(1, 1, 1), (5, 3, 2), (13, 7, 16), (14, 9, 33), (27, 64, 48), (131, 77, 100), (64, 1300, 8), (300, 4, 70)]
+# batch, channels, out, height, width; patches are 2x2
+MAPS = [(1, 1, 1, 1, 1), (1, 3, 5, 2, 1), (2, 16, 32, 5, 7), (3, 17, 33, 8, 9), (1, 40, 16, 1, 12), (2, 600, 7, 9, 8)]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def linear_case(rows: int, depth: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(rows)
+    # a chunk of a wider tensor, so that rows lie apart
+    return torch.randn(rows, depth + 3)[:, 1 : depth + 1], torch.randn(width, depth), torch.randn(width)
+
+
+def map_case(batch: int, channels: int, out: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(channels)
+    x, w = torch.randn(batch, channels, height, width), torch.randn(out, channels, 3, 3)
+    return channels_last(x), channels_last(w), torch.randn(out)
+
+
+def error_of(got: Tensor, truth: Tensor) -> float:
+    return float((got.double() - truth).abs().max() / truth.abs().max())
+
+
+def check_linear() -> None:
+    for rows, depth, width in LINEAR:
+        x, w, b = linear_case(rows, depth, width)
+        for bias in (b, None):
+            got = _products._packed_linear(x, w, bias)
+            truth = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+            assert got is not None and got.shape == truth.shape
+            assert error_of(got, truth) < 2e-7 * math.sqrt(depth) + 2e-7, (rows, depth, width)
+        w, b = torch.cat([w, w.flip(0) * 0.3]), torch.cat([b, b.flip(0)])
+        for bias in (b, None):
+            got = _products._packed_linear(x, w, bias, gated=True)
+            value, gate = F.linear(x.double(), w.double(), None if bias is None else bias.double()).chunk(2, dim=-1)
+            truth = value * F.gelu(gate)
+            assert got is not None and got.shape == truth.shape
+            assert error_of(got, truth) < 4e-7 * math.sqrt(depth) + 4e-7, (rows, depth, width)
+
+
+def check_winograd() -> None:
+    for shape in MAPS:
+        x, w, b = map_case(*shape)
+        for bias in (b, None):
+            got = _products._winograd(x, w, bias)
+            truth = F.conv2d(x.double(), w.double(), None if bias is None else bias.double(), padding=1)
+            assert got is not None and got.shape == truth.shape
+            assert got.is_contiguous(memory_format=torch.channels_last)
+            assert error_of(got, truth) < 3e-7 * math.sqrt(shape[1]) + 3e-7, shape
+
+
+def test_every_instruction_set_agrees_with_float64() -> None:
+    for isa in ("avx512bf16", "avx512", "avx2", "generic"):
+        done = subprocess.run(
+            [sys.executable, __file__],
+            env={**os.environ, "KOLORS_FAST_CPU_ISA": isa},
+            cwd=Path(sys.prefix),
+            capture_output=True,
+            text=True,
+        )
+        if "which this CPU does not have" in done.stderr:
+            continue
+        assert done.returncode == 0, (isa, done.stderr)
+
+
+def test_agrees_with_float64() -> None:
+    check_linear()
+    check_winograd()
+
+
+def test_same_bits_for_any_number_of_threads_and_in_any_company(threads: None) -> None:
+    x, w, b = linear_case(131, 77, 200)
+    maps, kernel, bias = map_case(3, 17, 70, 9, 12)
+
+    def run(rows: slice, samples: slice) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            _products._packed_linear(x[rows], w, b),
+            _products._packed_linear(x[rows], w, b, gated=True),
+            _products._winograd(channels_last(maps[samples]), kernel, bias),
+        )  # type: ignore[return-value]  # there is room for the weights
+
+    torch.set_num_threads(1)
+    alone = run(slice(None), slice(None))
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for got, want in zip(run(slice(None), slice(None)), alone, strict=True):
+            assert torch.equal(got, want)
+        for got, want in zip(run(slice(17, 20), slice(1, 2)), alone, strict=True):
+            assert torch.equal(got, want[17:20] if want.dim() == 2 else want[1:2])
+
+
+def test_winograd_rounds_no_more_than_the_plain_sum_on_the_whole() -> None:
+    """Its sums are a ninth as long: 1.04 times the error at 8 channels, 0.6 at 256 (the bar leaves room for a seed)."""
+    for channels, bar in ((8, 1.3), (64, 1.0), (256, 0.8)):
+        x, w, _ = map_case(2, channels, 32, 16, 16)
+        truth = F.conv2d(x.double(), w.double(), padding=1)
+        got = _products._winograd(x, w, None)
+        assert got is not None
+        plain = F.conv2d(x, w, padding=1)
+        assert (got - truth).square().mean().sqrt() < bar * (plain - truth).square().mean().sqrt()
+
+
+def test_a_nan_stays_where_it_is() -> None:
+    x, w, b = linear_case(20, 9, 40)
+    x = x.clone()
+    x[3, 4] = math.nan
+    for gated in (False, True):
+        got = _products._packed_linear(x, w, b, gated=gated)
+        assert got is not None
+        assert got[3].isnan().all() and not got[[0, 1, 2, *range(4, 20)]].isnan().any()
+    maps, kernel, bias = map_case(2, 16, 8, 12, 12)
+    maps[1, 3, 6, 6] = math.inf
+    got = _products._winograd(maps, kernel, bias)
+    assert got is not None
+    assert not got[1, :, 5:8, 5:8].isfinite().any()  # NaN or Inf in the plain sum too
+    outside = got.clone()
+    outside[1, :, 4:10, 4:10] = 0  # the patches whose windows see it
+    assert outside.isfinite().all()
+
+
+if __name__ == "__main__":
+    check_linear()
+    check_winograd()
