@@ -229,6 +229,26 @@ void normalise_backward(const QkNormPart *parts, void *, int count, int64_t batc
     kernels().qk_norm_backward(a);
 }
 
+void attention(const float *q, const float *k, const float *v, const float *bias, float *out, int64_t q_batch,
+               int64_t q_token, int64_t q_head, int64_t k_batch, int64_t k_token, int64_t k_head, int64_t v_batch,
+               int64_t v_token, int64_t v_head, int64_t batch, int64_t heads, int64_t queries, int64_t keys,
+               int64_t head_dim, double scale) {
+    if (batch < 0 || heads < 0 || queries < 0 || keys < 1 || head_dim < 1)
+        throw py::value_error("batch, heads and queries must not be negative, and keys and head_dim must be positive");
+    const py::gil_scoped_release released;
+    kernels().attention({{q, q_batch, q_token, q_head},
+                         {k, k_batch, k_token, k_head},
+                         {v, v_batch, v_token, v_head},
+                         bias,
+                         out,
+                         batch,
+                         heads,
+                         queries,
+                         keys,
+                         head_dim,
+                         static_cast<float>(scale)});
+}
+
 void check_linear(int64_t depth, int64_t width) {
     if (depth < 1 || width < 1)
         throw py::value_error("depth and width must be positive");
@@ -323,6 +343,9 @@ PYBIND11_MODULE(_cpu, module) {
            "eps", "dtype", "weight_dtype", "stream");
     define(module, "rms_norm_backward", &rms_norm_backward, "grad_y", "x", "weight", "rstd", "grad_x", "grad_weight",
            "rows", "features", "row_stride", "dtype", "weight_dtype", "stream");
+    define(module, "attention", &attention, "q", "k", "v", "bias", "out", "q_batch", "q_token", "q_head", "k_batch",
+           "k_token", "k_head", "v_batch", "v_token", "v_head", "batch", "heads", "queries", "keys", "head_dim",
+           "scale");
     define(module, "pack_linear", &pack_linear, "weight", "packed", "depth", "width", "gated");
     define(module, "linear", &linear, "x", "packed", "bias", "y", "rows", "row_stride", "depth", "width", "gated");
     define(module, "pack_winograd", &pack_winograd, "weight", "packed", "channels", "out");

@@ -213,6 +213,20 @@ struct QkNorm {
     DType weight_dtype; // of all weights: dtype or float32
 };
 
+// [batch, tokens, heads, head_dim]: each row of head_dim is contiguous, the other strides are free, in elements.
+template <typename Data> struct AttentionRows {
+    Data *data;
+    int64_t batch, token, head;
+};
+
+struct Attention {
+    AttentionRows<const float> q, k, v;
+    const float *bias; // [batch, keys] or null
+    float *out;        // [batch, queries, heads, head_dim]
+    int64_t batch, heads, queries, keys, head_dim;
+    float scale;
+};
+
 // y = x w^T + bias; gated: w is [2 * width, depth], value and gate, and y = value * gelu(gate).
 struct LinearShape {
     int64_t depth, width; // width of y

@@ -27,6 +27,16 @@ KOLORS_FAST_INLINE Gauss gauss_of_tail(Floats x, Floats exponential, Floats tail
     return {x < 0.0f ? tail : 1.0f - tail, exponential * 0.39894228f};
 }
 
+// exp(-r) for |r| < ln(2) / 2, relative error 3e-9.
+KOLORS_FAST_INLINE Floats exp_minus_rest(Floats r) {
+    Floats q = broadcast(1.38142e-3f); // exp(-r) = 1 - r + q r^2
+    q = q * r - 8.3689e-3f;
+    q = q * r + 4.166841e-2f;
+    q = q * r - 1.6666519e-1f;
+    q = q * r + 4.9999993e-1f;
+    return q * (r * r) + (1.0f - r);
+}
+
 // For results in fp32: the tail within 4 ulp.
 KOLORS_FAST_INLINE Gauss gauss(Floats x, float) {
     const float shift = 0x1.8p23f; // adding and subtracting it rounds to an integer
@@ -38,12 +48,7 @@ KOLORS_FAST_INLINE Gauss gauss(Floats x, float) {
     const Floats n = shifted - shift;
     const Floats half_square = 0.5f * high * high;
     const Floats r = ((half_square - n * 0.693359375f) + n * 2.12194440e-4f) + 0.5f * rest; // ln 2 in two parts
-    Floats q = broadcast(1.38142e-3f); // exp(-r) = 1 - r + q r^2 for |r| < ln(2) / 2, relative error 3e-9
-    q = q * r - 8.3689e-3f;
-    q = q * r + 4.166841e-2f;
-    q = q * r - 1.6666519e-1f;
-    q = q * r + 4.9999993e-1f;
-    const Floats exponential = (q * (r * r) + (1.0f - r)) * power_of_two(shifted);
+    const Floats exponential = exp_minus_rest(r) * power_of_two(shifted);
     // relative error of the quotient 5e-9; from 0.75 / 1.5 on, because just above 0.5 / 1 a rounding weighs most
     Floats over = broadcast(0.0060302674f);
     over = over * a + 0.059976143f;

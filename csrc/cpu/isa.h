@@ -31,6 +31,7 @@ const char *isa();
     KERNEL(rms_norm_backward, RmsNormBackward)                                                                         \
     KERNEL(qk_norm_forward, QkNorm)                                                                                    \
     KERNEL(qk_norm_backward, QkNorm)                                                                                   \
+    KERNEL(attention, Attention)                                                                                       \
     KERNEL(pack_linear, PackLinear)                                                                                    \
     KERNEL(linear, Linear)                                                                                             \
     KERNEL(pack_winograd, PackWinograd)                                                                                \

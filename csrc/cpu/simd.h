@@ -215,6 +215,28 @@ KOLORS_FAST_INLINE double sum_lanes(Floats value) {
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// The larger of each two; NaN of the second stays.
+KOLORS_FAST_INLINE Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return bit_cast<Floats>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+    return bit_cast<Floats>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
+
+KOLORS_FAST_INLINE float max_lanes(Floats value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(bit_cast<__m512>(value));
+#else
+    float most = value[0];
+    for (int lane = 1; lane < kWidth; ++lane)
+        most = value[lane] > most ? value[lane] : most;
+    return most;
+#endif
+}
+
 constexpr float kSigmoidRange = 87.0f; // beyond it exp(-x) or 1 / exp(-x) is no normal number, and of no importance
 
 // 1 / (1 + exp(-x)) for |x| <= kSigmoidRange, within 4 ulp. NaN stays NaN.

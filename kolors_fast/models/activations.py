@@ -38,8 +38,8 @@ def activation_bytes(model: nn.Module, call: Callable[[Any], Any]) -> int:
 
 
 def _kept(model: nn.Module) -> int:
-    """Bytes of the copies of float32 weights: packed for products (`ops/_products.py`), 3x3 ones as 4x4; and those after
-    an upsampling as phases, packed too (`layers.conv_of_doubled`)."""
+    """Bytes of the copies of float32 weights: packed for products (`ops/_products.py`), 3x3 ones as 4x4; and, after
+    an upsampling, as phases, packed too (`layers.conv_of_doubled`)."""
     packed = phases = 0
     for name, value in model.named_parameters():
         if value.dtype == torch.float32 and value.dim() in (2, 4):

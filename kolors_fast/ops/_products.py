@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import savings
 from . import _backends, _library, _rows
@@ -197,8 +197,6 @@ def _chooses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and (bias is None or bias.dtype is torch.float32)
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
         and x.numel() > 0
         and weight.numel() > 0
         and savings.on("products")
@@ -207,6 +205,3 @@ def _chooses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not _library.tracing(x, weight, bias)
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-_PLAIN = (Tensor, nn.Parameter)  # whose data is at their address

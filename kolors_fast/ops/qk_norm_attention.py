@@ -228,7 +228,7 @@ def _triton_backward(
 
 def _declines(call: Call) -> str | None:
     """Packing serves another attention."""
-    if _attention.choose(_attention.request_of(call.q, call.key_bias)) == "triton":
+    if _attention.choose(_attention.request_of(call.q, call.k, call.v, call.key_bias)) == "triton":
         return "the Triton kernel is the best attention for this call, and reads what is not packed"
     return None
 
@@ -280,7 +280,7 @@ def _flops(inputs: Inputs) -> int:
 
 def _details(call: Call) -> dict[str, str]:
     """Attentions that may follow the packing."""
-    verdicts = _attention.reasons(_attention.request_of(call.q, call.key_bias))
+    verdicts = _attention.reasons(_attention.request_of(call.q, call.k, call.v, call.key_bias))
     return {f"attention {name}": verdict for name, verdict in verdicts.items()}
 
 

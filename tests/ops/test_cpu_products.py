@@ -1,4 +1,4 @@
-"""Our own products on the CPU: linear, with GEGLU behind it, and Winograd's convolution, on every instruction set."""
+"""Our own products on the CPU: linear, GEGLU behind it, Winograd's convolution, attention; every instruction set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_fast.ops import _backends, _products
+from kolors_fast.ops import _attention, _backends, _products
 
 pytestmark = pytest.mark.skipif(
     isinstance(_backends.extension("cpu"), str), reason="the C++ extension is not built: no product of ours"
@@ -24,6 +24,9 @@ pytestmark = pytest.mark.skipif(
 LINEAR = [(1, 1, 1), (5, 3, 2), (13, 7, 16), (14, 9, 33), (27, 64, 48), (131, 77, 100), (64, 1300, 8), (300, 4, 70)]
 # batch, channels, out, height, width; patches are 2x2
 MAPS = [(1, 1, 1, 1, 1), (1, 3, 5, 2, 1), (2, 16, 32, 5, 7), (3, 17, 33, 8, 9), (1, 40, 16, 1, 12), (2, 600, 7, 9, 8)]
+# batch, queries, keys, heads, head_dim; a block has 512 keys, or fewer of large heads
+ATTENTION = [(1, 1, 1, 1, 1), (2, 64, 64, 4, 64), (3, 7, 70, 3, 33), (1, 30, 1100, 2, 40), (2, 300, 33, 1, 8)]
+ATTENTION += [(1, 14, 200, 1, 512)]
 
 
 @pytest.fixture
@@ -81,6 +84,35 @@ def check_winograd() -> None:
             assert error_of(got, truth) < 3e-7 * math.sqrt(shape[1]) + 3e-7, shape
 
 
+def attention_case(
+    batch: int, queries: int, keys: int, heads: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values are chunks of one projection; the bias masks some keys, the first 512 among them."""
+    torch.manual_seed(keys)
+    q = torch.randn(batch, queries, heads, head_dim)
+    k, v = torch.randn(batch, keys, 2 * heads * head_dim).unflatten(2, (2 * heads, head_dim)).chunk(2, dim=2)
+    bias = torch.randn(batch, keys)
+    bias[:, : keys // 2] = -math.inf if keys > 1 else 0.0
+    return q, k, v, bias
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    logits = torch.einsum("blhd,bshd->bhls", q, k) * scale
+    logits = logits if bias is None else logits + bias[:, None, None]
+    return torch.einsum("bhls,bshd->blhd", logits.softmax(-1), v)
+
+
+def check_attention() -> None:
+    for shape in ATTENTION:
+        q, k, v, bias = attention_case(*shape)
+        for b in (bias, None):
+            for sharp in (1.0, 30.0):  # logits up to 100: nearly one key alone counts
+                scale = sharp * shape[-1] ** -0.5
+                got = _attention._ours(q, k, v, b, scale)
+                truth = plain_attention(q.double(), k.double(), v.double(), None if b is None else b.double(), scale)
+                assert error_of(got, truth) < 4e-6 * sharp, (shape, b is None, sharp)
+
+
 def test_every_instruction_set_agrees_with_float64() -> None:
     for isa in ("avx512bf16", "avx512", "avx2", "generic"):
         done = subprocess.run(
@@ -98,17 +130,20 @@ def test_every_instruction_set_agrees_with_float64() -> None:
 def test_agrees_with_float64() -> None:
     check_linear()
     check_winograd()
+    check_attention()
 
 
 def test_same_bits_for_any_number_of_threads_and_in_any_company(threads: None) -> None:
     x, w, b = linear_case(131, 77, 200)
     maps, kernel, bias = map_case(3, 17, 70, 9, 12)
+    q, k, v, key_bias = attention_case(3, 70, 600, 1, 24)
 
-    def run(rows: slice, samples: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def run(rows: slice, samples: slice) -> tuple[Tensor, ...]:
         return (
             _products._packed_linear(x[rows], w, b),
             _products._packed_linear(x[rows], w, b, gated=True),
             _products._winograd(channels_last(maps[samples]), kernel, bias),
+            _attention._ours(q[samples], k[samples], v[samples], key_bias[samples], 0.2),
         )  # type: ignore[return-value]  # there is room for the weights
 
     torch.set_num_threads(1)
@@ -153,3 +188,4 @@ def test_a_nan_stays_where_it_is() -> None:
 if __name__ == "__main__":
     check_linear()
     check_winograd()
+    check_attention()

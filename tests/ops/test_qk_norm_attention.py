@@ -14,7 +14,7 @@ from torch import Tensor
 from kolors_fast.ops import AddedStream, _attention, explain, qk_norm, qk_norm_attention, use_backend
 from kolors_fast.ops._attention import ORDER, Request, choose, reasons
 
-BF16 = Request("cuda", 90, torch.bfloat16, 64, False, False)
+BF16 = Request("cuda", 90, torch.bfloat16, 64, False, False, True)
 
 
 def rows(*shape: int) -> Tensor:
@@ -196,8 +196,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]
         (BF16._replace(biased=True), "sdpa"),
         (BF16._replace(dtype=torch.float32), "sdpa"),
         (BF16._replace(head_dim=512), "sdpa"),
-        (Request("cpu", 0, torch.float32, 64, False, False), "math"),
-        (Request("mps", 0, torch.float32, 64, False, False), "math"),
+        (Request("cpu", 0, torch.float32, 64, False, False, True), "kolors_fast"),
+        (Request("cpu", 0, torch.float32, 64, False, False, False), "math"),
+        (Request("cpu", 0, torch.bfloat16, 64, False, False, True), "math"),
+        (Request("mps", 0, torch.float32, 64, False, False, True), "math"),
     ],
 )
 def test_the_first_that_can_is_chosen(installed: Any, request_: Request, chosen: str) -> None:
@@ -251,5 +253,6 @@ def test_xformers_gets_a_bias_whose_rows_are_aligned(installed: dict[str, list[d
 
 def test_explain_shows_both_choices(capsys: pytest.CaptureFixture[str]) -> None:
     table = explain(qk_norm_attention, **inputs())
-    assert table["attention math"] == "runs" and table["cpu"] == "runs"
-    assert "qk_norm_attention on attention math: runs" in capsys.readouterr().out
+    assert table["attention kolors_fast"] == "runs" and table["cpu"] == "runs"
+    assert table["attention math"] == "could run, but 'kolors_fast' comes first"
+    assert "qk_norm_attention on attention kolors_fast: runs" in capsys.readouterr().out
