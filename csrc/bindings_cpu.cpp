@@ -249,6 +249,15 @@ void attention(const float *q, const float *k, const float *v, const float *bias
                          static_cast<float>(scale)});
 }
 
+void folded_attention(const float *x, const float *packed_keys, const float *packed_values, const float *bias,
+                      const float *out_bias, float *y, int64_t batch, int64_t tokens, int64_t dim, int64_t heads,
+                      int64_t keys) {
+    if (batch < 0 || tokens < 0 || dim < 1 || heads < 1 || keys < 1)
+        throw py::value_error("batch and tokens must not be negative, and dim, heads and keys must be positive");
+    const py::gil_scoped_release released;
+    kernels().folded_attention({x, packed_keys, packed_values, bias, out_bias, y, batch, tokens, dim, heads, keys});
+}
+
 void check_linear(int64_t depth, int64_t width) {
     if (depth < 1 || width < 1)
         throw py::value_error("depth and width must be positive");
@@ -346,6 +355,8 @@ PYBIND11_MODULE(_cpu, module) {
     define(module, "attention", &attention, "q", "k", "v", "bias", "out", "q_batch", "q_token", "q_head", "k_batch",
            "k_token", "k_head", "v_batch", "v_token", "v_head", "batch", "heads", "queries", "keys", "head_dim",
            "scale");
+    define(module, "folded_attention", &folded_attention, "x", "packed_keys", "packed_values", "bias", "out_bias", "y",
+           "batch", "tokens", "dim", "heads", "keys");
     define(module, "pack_linear", &pack_linear, "weight", "packed", "depth", "width", "gated");
     define(module, "linear", &linear, "x", "packed", "bias", "y", "rows", "row_stride", "depth", "width", "gated");
     define(module, "pack_winograd", &pack_winograd, "weight", "packed", "channels", "out");

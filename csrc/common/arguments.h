@@ -227,6 +227,17 @@ struct Attention {
     float scale;
 };
 
+// y = sum over heads of softmax(x K_h + bias) V_h + out_bias; K [dim, heads * keys] and V [heads * keys, dim] of each
+// sample are packed as the weights of two linear layers.
+struct FoldedAttention {
+    const float *x; // [batch, tokens, dim]
+    const float *packed_keys, *packed_values;
+    const float *bias;     // [batch, heads * keys]
+    const float *out_bias; // [dim]
+    float *y;              // [batch, tokens, dim]
+    int64_t batch, tokens, dim, heads, keys;
+};
+
 // y = x w^T + bias; gated: w is [2 * width, depth], value and gate, and y = value * gelu(gate).
 struct LinearShape {
     int64_t depth, width; // width of y

@@ -3,12 +3,10 @@
 // Keys and values are packed in blocks, as the right factors of the two products, and each tile of queries passes a
 // block with its logits in the first-level cache. Over several blocks the softmax is computed as in Dao et al.,
 // FlashAttention, arXiv 2205.14135: with the largest logit so far, and what was summed before scaled when it grows.
-#include "gauss.h"
 #include "isa.h"
 #include "parallel.h"
 #include "product.h"
-
-#include <limits>
+#include "softmax.h"
 
 namespace kolors_fast {
 namespace KOLORS_FAST_ISA {
@@ -17,15 +15,6 @@ namespace {
 constexpr int64_t kBlockBytes = 1 << 18; // of keys at a time; of values as much again
 constexpr int64_t kMostKeys = 512;       // whose logits for a tile, and their transpose, take 52 KB
 constexpr int64_t kQueries = 1 << 8;     // of a unit of work
-constexpr float kLowest = -std::numeric_limits<float>::max();
-
-// exp(-y) for y >= 0, within 2 ulp down to 2^-126; below, and for infinite y, zero. NaN stays NaN.
-KOLORS_FAST_INLINE Floats exp_minus(Floats y) {
-    const float shift = 0x1.8p23f; // adding and subtracting it rounds to an integer
-    y = at_most(y, 88.02f);        // 2^-127 counts as zero
-    const Floats shifted = y * 1.44269504f + shift, n = shifted - shift;
-    return exp_minus_rest((y - n * 0.693359375f) + n * 2.12194440e-4f) * power_of_two(shifted);
-}
 
 struct Block {
     int64_t first, keys, panels; // panels of keys
@@ -156,7 +145,7 @@ void attend(const Attention &a, int64_t sample, int64_t head, int64_t first, int
         pack_tile(q.data + sample * q.batch + (first + cut.first(t)) * q.token + head * q.head, q.token,
                   cut.first(t + 1) - cut.first(t), a.head_dim, memory.queries + cut.first(t) * a.head_dim);
     for (int64_t i = 0; i < count; ++i) {
-        memory.largest[i] = kLowest; // finite: where all keys so far are masked, they weigh exp(-inf) and not exp(0)
+        memory.largest[i] = kLowest;
         memory.sums[i] = 0.0f;
     }
     for (int64_t key = 0; key < a.keys; key += keys_at_once) {

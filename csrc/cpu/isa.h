@@ -32,6 +32,7 @@ const char *isa();
     KERNEL(qk_norm_forward, QkNorm)                                                                                    \
     KERNEL(qk_norm_backward, QkNorm)                                                                                   \
     KERNEL(attention, Attention)                                                                                       \
+    KERNEL(folded_attention, FoldedAttention)                                                                          \
     KERNEL(pack_linear, PackLinear)                                                                                    \
     KERNEL(linear, Linear)                                                                                             \
     KERNEL(pack_winograd, PackWinograd)                                                                                \

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import savings
-from ..ops._backends import forced
+from ..ops._backends import forced, unavailable
+from ..ops._folded_attention import Folded, attend_folded, folded
 from ..ops._library import tracing
 from ..ops._marks import Mark
 from ..ops._products import linear
@@ -18,14 +19,6 @@ from ..ops.qk_norm_attention import qk_norm_attention
 from .layers import GroupNorm, Linear, is_wrapped
 
 KeysValues = tuple[Tensor, Tensor]  # [B, K, heads, d] each
-
-
-class Folded(NamedTuple):
-    """Keys and values of a short sequence, multiplied with the projections of the queries and of the output."""
-
-    keys: Tensor  # [B, dim, heads * K]: to_q^T k^T / sqrt(d) of each head
-    values: Tensor  # [B, heads * K, dim]: v to_out^T of each head
-    bias: Tensor  # [B, 1, heads * K], added to the logits
 
 
 class Attention(nn.Module):
@@ -54,9 +47,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: KeysValues | Folded | None = None, bias: Tensor | None = None) -> Tensor:
         """x [B, N, dim] attends to a context, or to itself; bias [B, K] is added to every query's logits."""
         if isinstance(context, Folded):
-            logits = torch.baddbmm(context.bias, x, context.keys)  # [B, N, heads * K]
-            weights = logits.unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
-            return torch.baddbmm(self._out.bias, weights, context.values)
+            return attend_folded(x, context, self.heads, self._out.bias)
         if context is None:
             q, k, v = self._split_heads(self._joined.project(x, (self.to_q, self.to_k, self.to_v)))
         else:
@@ -87,7 +78,7 @@ class Attention(nn.Module):
         keys = torch.einsum("hdc,bkhd->bchk", to_q, k * k.shape[-1] ** -0.5).flatten(2)
         values = torch.einsum("bkhd,chd->bhkc", v, to_out).flatten(1, 2)
         bias = keys.new_zeros(1, k.shape[1]) if bias is None else bias.to(keys.dtype)
-        return Folded(keys, values, bias.repeat(1, self.heads)[:, None])
+        return folded(keys, values, bias.repeat(1, self.heads))
 
     def folds(self, keys: int) -> bool:
         """Whether `fold` takes fewer products. In 16 bit it would round the logits, and a GPU has not been measured."""
@@ -95,7 +86,8 @@ class Attention(nn.Module):
         if is_wrapped(to_q) or is_wrapped(out) or to_q.bias is not None or out.bias is None:
             return False
         few = self.heads * keys <= to_q.weight.shape[0]
-        measured = to_q.weight.is_cpu and to_q.weight.dtype == out.weight.dtype == torch.float32
+        ours = unavailable("cpu") is None
+        measured = ours and to_q.weight.is_cpu and to_q.weight.dtype == out.weight.dtype == torch.float32
         wanted = savings.on("prompt_fold") and forced() != "reference" and not torch.is_autocast_enabled("cpu")
         return few and measured and wanted
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from .. import savings
 from ..ops._backends import forced
+from ..ops._folded_attention import Folded
 from ..ops._library import tracing
 from ..ops._marks import Mark
-from .attention import Attention, Folded, KeysValues
+from .attention import Attention, KeysValues
 from .layers import PEFT_STATE, is_wrapped
 
 

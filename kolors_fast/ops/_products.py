@@ -79,18 +79,11 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor | None:
-    width, depth = weight.shape[0] // (2 if gated else 1), weight.shape[1]
-    panels = math.ceil(width / (PANEL // 2 if gated else PANEL))
-    module: Any = _backends.extension("cpu")
-
-    def pack() -> Tensor:
-        packed, dense = torch.empty(panels * PANEL * depth), weight.detach().contiguous()
-        module.pack_linear(dense.data_ptr(), packed.data_ptr(), depth, width, gated)
-        return packed
-
-    packed = _packed.get(weight, pack, "gated" if gated else "linear")
+    packed = _packed.get(weight, lambda: pack_linear(weight.detach(), gated), "gated" if gated else "linear")
     if packed is None:
         return None
+    width, depth = weight.shape[0] // (2 if gated else 1), weight.shape[1]
+    module: Any = _backends.extension("cpu")
     x = _rows.as_rows(x)
     y = torch.empty(*x.shape[:-1], width)
     of_bias = 0 if bias is None else bias.contiguous().data_ptr()
@@ -99,6 +92,16 @@ def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool =
         x.data_ptr(), packed.data_ptr(), of_bias, y.data_ptr(), x.numel() // depth, stride, depth, width, gated
     )
     return y
+
+
+def pack_linear(weight: Tensor, gated: bool = False) -> Tensor:
+    """[columns, depth] as csrc/cpu/linear.cpp reads it; gated: the columns are values, then their gates."""
+    width, depth = weight.shape[0] // (2 if gated else 1), weight.shape[1]
+    panels = math.ceil(width / (PANEL // 2 if gated else PANEL))
+    packed, dense = torch.empty(panels * PANEL * depth), weight.contiguous()
+    module: Any = _backends.extension("cpu")
+    module.pack_linear(dense.data_ptr(), packed.data_ptr(), depth, width, gated)
+    return packed
 
 
 def _packed_conv2d(

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 import kolors_fast
 from kolors_fast import KolorsUNet, savings
 from kolors_fast.models import layers
-from kolors_fast.ops import _products
+from kolors_fast.ops import _attention, _products
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8,
@@ -39,8 +39,9 @@ REAL = (7, 3)  # tokens of the two prompts
 
 @pytest.fixture(autouse=True)
 def every_product_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where oneDNN for linear layers (a profile does not see ours), Winograd's convolution, and four small
-    convolutions in the place of one, are fastest at any size."""
+    """As where oneDNN for linear layers and torch's attention (a profile does not see ours), Winograd's convolution,
+    and four small convolutions in the place of one, are fastest at any size."""
+    monkeypatch.setattr(_attention, "ORDER", {"cpu": ("math",)})
     monkeypatch.setattr(_products, "_for_linear", lambda *_: ("onednn",))
     monkeypatch.setattr(
         _products, "_for_conv2d",

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_fast.ops import _attention, _backends, _products
+from kolors_fast.models.attention import Attention
+from kolors_fast.ops import _attention, _backends, _products, use_backend
+from kolors_fast.ops._folded_attention import attend_folded
 
 pytestmark = pytest.mark.skipif(
     isinstance(_backends.extension("cpu"), str), reason="the C++ extension is not built: no product of ours"
@@ -113,6 +115,31 @@ def check_attention() -> None:
                 assert error_of(got, truth) < 4e-6 * sharp, (shape, b is None, sharp)
 
 
+def check_folded_attention() -> None:
+    """To few keys with projections; a head's keys are no whole vectors."""
+    for dim, heads, tokens, keys in ((64, 4, 30, 5), (40, 2, 13, 17), (128, 2, 70, 22), (16, 1, 1, 16), (36, 3, 9, 1)):
+        torch.manual_seed(keys)
+        attention = Attention(dim, heads=heads, head_dim=dim // heads, context_dim=8).requires_grad_(False)
+        x, context, bias = torch.randn(2, tokens, dim), 3 * torch.randn(2, keys, 8), torch.randn(2, keys)
+        bias[:, : keys // 2] = -math.inf
+        for b in (bias, None):
+            got = attend_folded(x, attention.fold(attention.keys_values(context), b), heads, attention._out.bias)
+            with use_backend("reference"):
+                wide = attention.double()
+                wide_bias = None if b is None else b.double()
+                truth = wide(x.double(), wide.keys_values(context.double()), bias=wide_bias)
+                attention.float()
+            assert error_of(got, truth) < 3e-6, (dim, heads, tokens, keys)
+
+
+def test_folded_keys_of_another_batch_are_refused() -> None:
+    attention = Attention(64, heads=4, head_dim=16, context_dim=8).requires_grad_(False)
+    to = attention.fold(attention.keys_values(torch.randn(2, 3, 8)), None)
+    for wrong in ((3, 5, 64), (2, 5, 32)):
+        with pytest.raises(RuntimeError, match="size"):
+            attention(torch.randn(wrong), to)
+
+
 def test_every_instruction_set_agrees_with_float64() -> None:
     for isa in ("avx512bf16", "avx512", "avx2", "generic"):
         done = subprocess.run(
@@ -131,6 +158,7 @@ def test_agrees_with_float64() -> None:
     check_linear()
     check_winograd()
     check_attention()
+    check_folded_attention()
 
 
 def test_same_bits_for_any_number_of_threads_and_in_any_company(threads: None) -> None:
@@ -189,3 +217,4 @@ if __name__ == "__main__":
     check_linear()
     check_winograd()
     check_attention()
+    check_folded_attention()
