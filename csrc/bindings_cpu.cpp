@@ -263,17 +263,19 @@ void check_linear(int64_t depth, int64_t width) {
         throw py::value_error("depth and width must be positive");
 }
 
-void pack_linear(const float *weight, float *packed, int64_t depth, int64_t width, bool gated) {
+void pack_linear(const float *weight, float *packed, int64_t row_stride, int64_t depth, int64_t width, bool gated) {
     check_linear(depth, width);
     const py::gil_scoped_release released;
-    kernels().pack_linear({{depth, width, gated}, weight, packed});
+    kernels().pack_linear({{depth, width, gated}, weight, row_stride, packed});
 }
 
-void linear(const float *x, const float *packed, const float *bias, float *y, int64_t rows, int64_t row_stride,
-            int64_t depth, int64_t width, bool gated) {
+void linear(const float *x, const float *packed, const float *bias, const float *add, float *y, int64_t rows,
+            int64_t row_stride, int64_t depth, int64_t width, bool gated) {
     check_linear(depth, width);
+    if (gated && add)
+        throw py::value_error("add must be absent where gated");
     const py::gil_scoped_release released;
-    kernels().linear({{depth, width, gated}, x, packed, bias, y, rows, row_stride});
+    kernels().linear({{depth, width, gated}, x, packed, bias, add, y, rows, row_stride});
 }
 
 void pack_winograd(const float *weight, float *packed, int64_t channels, int64_t out) {
@@ -357,8 +359,9 @@ PYBIND11_MODULE(_cpu, module) {
            "scale");
     define(module, "folded_attention", &folded_attention, "x", "packed_keys", "packed_values", "bias", "out_bias", "y",
            "batch", "tokens", "dim", "heads", "keys");
-    define(module, "pack_linear", &pack_linear, "weight", "packed", "depth", "width", "gated");
-    define(module, "linear", &linear, "x", "packed", "bias", "y", "rows", "row_stride", "depth", "width", "gated");
+    define(module, "pack_linear", &pack_linear, "weight", "packed", "row_stride", "depth", "width", "gated");
+    define(module, "linear", &linear, "x", "packed", "bias", "add", "y", "rows", "row_stride", "depth", "width",
+           "gated");
     define(module, "pack_winograd", &pack_winograd, "weight", "packed", "channels", "out");
     define(module, "winograd", &winograd, "x", "packed", "bias", "y", "batch", "height", "width", "channels", "out");
     define(module, "qk_norm_forward", &normalise, "parts", "count", "batch", "heads", "head_dim", "eps", "dtype",

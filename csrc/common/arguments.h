@@ -238,7 +238,7 @@ struct FoldedAttention {
     int64_t batch, tokens, dim, heads, keys;
 };
 
-// y = x w^T + bias; gated: w is [2 * width, depth], value and gate, and y = value * gelu(gate).
+// y = x w^T + bias + add; gated: w is [2 * width, depth], value and gate, and y = value * gelu(gate).
 struct LinearShape {
     int64_t depth, width; // width of y
     bool gated;
@@ -247,6 +247,7 @@ struct LinearShape {
 struct PackLinear {
     LinearShape shape;
     const float *weight; // [width or 2 * width, depth]
+    int64_t row_stride;  // of weight
     float *packed;       // as `linear` reads it
 };
 
@@ -255,6 +256,7 @@ struct Linear {
     const float *x; // [rows, depth]
     const float *packed;
     const float *bias; // [width or 2 * width] or null
+    const float *add;  // [rows, width] or null; not where gated
     float *y;          // [rows, width]
     int64_t rows;
     int64_t row_stride; // of x; everything else is dense

@@ -1,4 +1,4 @@
-// y = x w^T + bias, or with the columns of w in two halves value and gate, y = value * gelu(gate).
+// y = x w^T + bias + add, or with the columns of w in two halves value and gate, y = value * gelu(gate).
 #include "gauss.h"
 #include "isa.h"
 #include "parallel.h"
@@ -34,6 +34,11 @@ template <int kRows> KOLORS_FAST_INLINE void multiply_and_store(const Linear &a,
                  std::make_integer_sequence<int, kRows>{});
         for (int r = 0; r < kRows; ++r) {
             float *y = a.y + (row + r) * s.width;
+            if (a.add) {
+                const float *add = a.add + (row + r) * s.width;
+                sums[2 * r] += load_columns(add, left, columns.left_end);
+                sums[2 * r + 1] += load_columns(add, right, columns.right_end);
+            }
             if (s.gated) {
                 const Floats gate = sums[2 * r + 1];
                 store_columns(y, sums[2 * r] * (gate * gauss(gate, float{}).cdf), left, columns.left_end);
@@ -81,7 +86,7 @@ void pack_linear(const PackLinear &a) {
                 const bool there = column < (is_left ? columns.left_end : columns.right_end);
                 float *to = a.packed + panel * kPanel * s.depth + lane;
                 for (int64_t k = 0; k < s.depth; ++k)
-                    to[k * kPanel] = there ? a.weight[column * s.depth + k] : 0.0f;
+                    to[k * kPanel] = there ? a.weight[column * a.row_stride + k] : 0.0f;
             }
         }
     });

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..ops._products import PACKED_LIMIT
+from .layers import Conv2d, Linear
 
 _INSIDE = 4 << 20  # bytes that operators take whatever the shapes
 
@@ -41,10 +42,10 @@ def _kept(model: nn.Module) -> int:
     """Bytes of the copies of float32 weights: packed for products (`ops/_products.py`), 3x3 ones as 4x4; and, after
     an upsampling, as phases, packed too (`layers.conv_of_doubled`)."""
     packed = phases = 0
-    for name, value in model.named_parameters():
-        if value.dtype == torch.float32 and value.dim() in (2, 4):
-            winograd = value.dim() == 4 and value.shape[2:] == (3, 3)
-            size = value.nbytes * 16 // 9 if winograd else value.nbytes
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | Conv2d) and module.weight.dtype == torch.float32:
+            winograd = isinstance(module, Conv2d) and module.kernel_size == (3, 3)
+            size = module.weight.nbytes * 16 // 9 if winograd else module.weight.nbytes
             packed += size
             if winograd and "upsamplers" in name:
                 phases, packed = phases + size, packed + size

@@ -15,7 +15,7 @@ from .. import savings
 from ..ops._backends import forced
 from ..ops._library import tracing, wants_grad
 from ..ops._marks import Derived
-from ..ops._products import conv2d, linear
+from ..ops._products import conv2d, linear, linear_of_parts
 from ..ops.group_norm_silu import group_norm_silu
 from ..ops.residual_layer_norm import residual_layer_norm
 
@@ -155,7 +155,7 @@ class ResnetBlock(nn.Module):
             if not savings.on("channel_add"):
                 h, shift = h + shift[:, :, None, None], None
         h = self.conv2(self.norm2(h, channel_add=shift))
-        return self.shortcut(x, skip) + h
+        return self.shortcut(x, skip, h)
 
     @property
     def projection(self) -> nn.Module:
@@ -163,19 +163,15 @@ class ResnetBlock(nn.Module):
         assert self.time_emb_proj is not None
         return self.time_emb_proj
 
-    def shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+    def shortcut(self, x: Tensor, skip: Tensor | None, h: Tensor) -> Tensor:
+        """h + shortcut(concat(x, skip))"""
         conv = self.conv_shortcut
         if conv is None:  # never so with a skip: C + S is wider than the output
-            return x
-        if skip is None:
-            return conv(x)
+            return x + h
         if is_wrapped(conv):
-            return conv(torch.cat([x, skip], dim=1))
-        # as matrix products, which read the halves of the weight in place
-        of_x, of_skip = conv.weight.flatten(1).split([x.shape[1], skip.shape[1]], dim=1)
-        y = F.linear(to_tokens(x).flatten(0, 1), of_x, conv.bias)  # [B*H*W, Cout]
-        y = torch.addmm(y, to_tokens(skip).flatten(0, 1), of_skip.t())
-        return to_map(y.unflatten(0, (x.shape[0], -1)), *x.shape[-2:])
+            return conv(x if skip is None else torch.cat([x, skip], dim=1)) + h
+        parts = [to_tokens(part) for part in (x, skip) if part is not None]
+        return to_map(linear_of_parts(parts, conv.weight, conv.bias, to_tokens(h)), *h.shape[-2:])
 
 
 class Downsample(nn.Module):

@@ -31,12 +31,13 @@ from ._marks import Derived
 PACKED_LIMIT = 1 << 30
 _packed = Derived(PACKED_LIMIT)
 PANEL = 32  # columns, as csrc/cpu/product.h has them
+_OURS = ("kolors_fast",)
 POSITIONS = 16  # of a window, as csrc/cpu/winograd.cpp has them
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias: `F.linear` by the fastest at hand."""
-    if _chooses(x, weight, bias):
+    if _chooses(x, weight, bias) and x.shape[-1] == weight.shape[1]:
         for provider in _for_linear(x.shape, weight.shape):
             y = _onednn_linear(x, weight, bias) if provider == "onednn" else _packed_linear(x, weight, bias)
             if y is not None:
@@ -46,9 +47,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """value * gelu(gate) of the halves of x @ weight^T + bias in one kernel, or None where ours is not the fastest."""
-    if _chooses(x, weight, bias) and _for_linear(x.shape, weight.shape)[:1] == ("kolors_fast",):
+    fits = x.shape[-1] == weight.shape[1]
+    if fits and _chooses(x, weight, bias) and _for_linear(x.shape, weight.shape)[:1] == _OURS:
         return _packed_linear(x, weight, bias, gated=True)
     return None
+
+
+def linear_of_parts(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, add: Tensor) -> Tensor:
+    """add + concat(parts) @ weight^T + bias, the concat never built: parts [..., K_i], weight [N, sum of K_i, ...]."""
+    fits = sum(x.shape[-1] for x in parts) == weight.shape[1]
+    y: Tensor | None = add.contiguous() if fits else None
+    first = 0
+    for x in parts:
+        ours = _chooses(x, weight, bias) and _for_linear(x.shape, weight.shape)[:1] == _OURS
+        y = _packed_linear(x, weight, None if first else bias, add=y, first=first) if ours and y is not None else None
+        first += x.shape[-1]
+    if y is not None:
+        return y
+    halves = weight.flatten(1).split([x.shape[-1] for x in parts], dim=1)  # read in place
+    y = F.linear(parts[0].flatten(0, -2), halves[0], bias)
+    for x, half in zip(parts[1:], halves[1:], strict=True):
+        y = torch.addmm(y, x.flatten(0, -2), half.t())
+    return add + y.view(add.shape)
 
 
 def conv2d(
@@ -57,12 +77,16 @@ def conv2d(
     """`F.conv2d` without dilation and groups, by the fastest at hand."""
     if (
         _chooses(x, weight, bias)
+        and x.shape[1:2] == weight.shape[1:2]
         and x.is_contiguous(memory_format=torch.channels_last)  # what was measured
         and not isinstance(padding, str)
     ):
         for provider in _for_conv2d(x.shape, weight.shape, *stride, *padding):
             if provider == "packed":
                 y = _packed_conv2d(x, weight, bias, stride, padding)
+            elif provider == "kolors_fast":  # 1x1: a linear layer of the pixels
+                tokens = _packed_linear(x.permute(0, 2, 3, 1), weight, bias)
+                y = None if tokens is None else tokens.permute(0, 3, 1, 2)
             else:
                 y = _winograd(x, weight, bias) if savings.on("winograd") else None
             if y is not None:
@@ -78,29 +102,44 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False) -> Tensor | None:
-    packed = _packed.get(weight, lambda: pack_linear(weight.detach(), gated), "gated" if gated else "linear")
+def _packed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gated: bool = False,
+    add: Tensor | None = None,  # of the result's size, contiguous
+    first: int = 0,  # the column of weight that meets the first of x
+) -> Tensor | None:
+    depth = x.shape[-1]
+
+    def pack() -> Tensor:
+        return pack_linear(weight.detach().flatten(1)[:, first : first + depth], gated)
+
+    packed = _packed.get(weight, pack, "gated" if gated else f"linear {first} {depth}")
     if packed is None:
         return None
-    width, depth = weight.shape[0] // (2 if gated else 1), weight.shape[1]
+    width = weight.shape[0] // (2 if gated else 1)
+    x, y = _rows.as_rows(x), torch.empty(*x.shape[:-1], width)
     module: Any = _backends.extension("cpu")
-    x = _rows.as_rows(x)
-    y = torch.empty(*x.shape[:-1], width)
-    of_bias = 0 if bias is None else bias.contiguous().data_ptr()
-    stride = _rows.row_stride(x)
     module.linear(
-        x.data_ptr(), packed.data_ptr(), of_bias, y.data_ptr(), x.numel() // depth, stride, depth, width, gated
-    )
+        x.data_ptr(), packed.data_ptr(), _address(bias), _address(add), y.data_ptr(), x.numel() // depth,
+        _rows.row_stride(x), depth, width, gated,
+    )  # fmt: skip
     return y
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def pack_linear(weight: Tensor, gated: bool = False) -> Tensor:
     """[columns, depth] as csrc/cpu/linear.cpp reads it; gated: the columns are values, then their gates."""
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
     width, depth = weight.shape[0] // (2 if gated else 1), weight.shape[1]
-    panels = math.ceil(width / (PANEL // 2 if gated else PANEL))
-    packed, dense = torch.empty(panels * PANEL * depth), weight.contiguous()
+    packed = torch.empty(math.ceil(width / (PANEL // 2 if gated else PANEL)) * PANEL * depth)
     module: Any = _backends.extension("cpu")
-    module.pack_linear(dense.data_ptr(), packed.data_ptr(), depth, width, gated)
+    module.pack_linear(weight.data_ptr(), packed.data_ptr(), weight.stride(0), depth, width, gated)
     return packed
 
 
@@ -133,8 +172,7 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     if packed is None:
         return None
     y = torch.empty(batch, out, height, width, memory_format=torch.channels_last)
-    of_bias = 0 if bias is None else bias.contiguous().data_ptr()
-    module.winograd(x.data_ptr(), packed.data_ptr(), of_bias, y.data_ptr(), batch, height, width, channels, out)
+    module.winograd(x.data_ptr(), packed.data_ptr(), _address(bias), y.data_ptr(), batch, height, width, channels, out)
     return y
 
 
@@ -152,7 +190,10 @@ def _for_linear(x: torch.Size, weight: torch.Size) -> tuple[str, ...]:
 def _for_conv2d(x: torch.Size, weight: torch.Size, *steps: int) -> tuple[str, ...]:
     if len(x) != 4:
         return ()
-    found = choose("conv2d", x[0] * x[2] * x[3] // (steps[0] * steps[1]), math.prod(weight[1:]), weight[0])
+    rows, depth = x[0] * x[2] * x[3] // (steps[0] * steps[1]), math.prod(weight[1:])
+    if weight[2:] == (1, 1) and steps == (1, 1, 0, 0) and choose("linear", rows, depth, weight[0])[:1] == _OURS:
+        return (*_OURS, "packed")
+    found = choose("conv2d", rows, depth, weight[0])
     of_any_kernel = tuple(provider for provider in found if provider != "winograd")
     return found if weight[2:] == (3, 3) and steps == (1, 1, 1, 1) else of_any_kernel
 
@@ -199,7 +240,7 @@ def _chooses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x.is_cpu
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
-        and (bias is None or bias.dtype is torch.float32)
+        and (bias is None or (bias.dtype is torch.float32 and bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and x.numel() > 0
         and weight.numel() > 0
         and savings.on("products")

@@ -92,6 +92,47 @@ def test_products_are_those_of_torch() -> None:
             assert got.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("ours", [pytest.param(True, marks=OURS), False])
+@torch.no_grad()
+def test_parts_and_pixels_are_rows_of_a_linear_layer(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = LINEAR[:1] if ours else ()
+    monkeypatch.setattr(_products, "choose", lambda *_: found)
+    monkeypatch.setattr(_products, "_for_linear", lambda *_: found)
+    _products._for_conv2d.cache_clear()
+    torch.manual_seed(0)
+    last = {"memory_format": torch.channels_last}
+    x, skip, h = (torch.randn(2, c, 5, 6).contiguous(**last) for c in (7, 40, 33))
+    w, b = torch.randn(33, 47, 1, 1).contiguous(**last), torch.randn(33)
+    parts = [t.permute(0, 2, 3, 1) for t in (x, skip)]
+    for bias in (b, None):
+        truth = F.conv2d(torch.cat([x, skip], 1).double(), w.double(), None if bias is None else bias.double())
+        got = _products.linear_of_parts(parts, w, bias, h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        assert (got - (truth + h)).abs().max() < 2e-5
+        got = _products.conv2d(torch.cat([x, skip], 1).contiguous(**last), w, bias)
+        assert (got - truth).abs().max() < 2e-5
+        assert got.is_contiguous(**last)
+    w.mul_(2)
+    got = _products.linear_of_parts(parts, w, None, h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert (got - h - 2 * truth).abs().max() < 4e-5
+    _products._for_conv2d.cache_clear()
+
+
+@pytest.mark.usefixtures("others")
+@torch.no_grad()
+def test_sizes_that_do_not_fit_are_torchs_to_refuse() -> None:
+    x, w, _ = convolution()
+    for wrong in (torch.randn(4, 9), torch.randn(4, 7)):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            _products.linear(wrong, torch.randn(6, 8))
+        assert _products.geglu_linear(wrong, torch.randn(6, 8)) is None
+    with pytest.raises(RuntimeError, match="expected input"):
+        _products.conv2d(x, w[:, :4].contiguous(memory_format=torch.channels_last), padding=(1, 1))
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        _products.linear(torch.randn(4, 8), torch.randn(6, 8), torch.randn(5))
+    with pytest.raises(RuntimeError, match="split"):
+        _products.linear_of_parts([torch.randn(4, 3), torch.randn(4, 4)], torch.randn(6, 8), None, torch.randn(4, 6))
+
+
 PACKED = {"linear": "linear", "geglu": "gated", "conv2d": "conv2d", "winograd": "winograd"}
 
 
