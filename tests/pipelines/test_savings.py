@@ -22,10 +22,15 @@ ALL = tuple(savings.SAVINGS)
 
 
 @pytest.fixture(autouse=True)
-def every_product_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where oneDNN, and four small convolutions in the place of one, are fastest at any size."""
-    monkeypatch.setattr(_products, "_of_linear", lambda *_: "onednn")
-    monkeypatch.setattr(_products, "_of_conv2d", lambda *_: "packed")
+def every_product_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where ours, and four small convolutions in the place of one, are fastest at any size."""
+
+    def for_conv2d(x: torch.Size, w: torch.Size, *steps: int) -> tuple[str, ...]:
+        of_kernel = {((1, 1), (1, 1, 0, 0)): "kolors_fast", ((3, 3), (1, 1, 1, 1)): "winograd"}
+        return of_kernel.get((tuple(w[2:]), steps), "packed"), "packed"
+
+    monkeypatch.setattr(_products, "_for_linear", lambda *_: ("kolors_fast", "onednn"))
+    monkeypatch.setattr(_products, "_for_conv2d", for_conv2d)
     monkeypatch.setattr(layers, "PHASES_FROM", 0)
 
 
