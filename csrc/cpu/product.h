@@ -1,10 +1,10 @@
 // Products of fp32 matrices, x [rows, depth] times w^T, for w [width, depth] that was packed once.
 //
-// w lies in panels of two vectors of columns, [width / kPanel][depth][kPanel], so that a product reads it as one
-// stream. Some rows of x are brought into tiles [depth][rows of the tile], which stay in the second-level cache while
-// all panels pass. The inner loop keeps one tile times one panel in registers over the whole depth. The scheme is that
-// of Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008; the depth needs no blocks at the
-// sizes of these models.
+// w lies in panels of columns, [width / kPanel][depth][kPanel], so that a product reads it as one stream. A vector of a
+// panel's left half goes together with its neighbour in the right half: a gated product finds values in one and their
+// gates in the other. Some rows of x are brought into tiles [depth][rows of the tile], which stay in the second-level
+// cache while all panels pass. The inner loop keeps one tile times two vectors of a panel in registers over the depth.
+// The scheme is that of Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008.
 #pragma once
 
 #include "simd.h"
@@ -27,9 +27,7 @@ constexpr int kTileRows = 13; // 26 of 32 registers add up, 3 hold factors
 #else
 constexpr int kTileRows = 6; // 12 of 16
 #endif
-constexpr int64_t kPanelsBytes = 1 << 18; // of w, which all tiles meet in turn: as much again
 constexpr int kLine = 64 / sizeof(float);
-constexpr int64_t kTilesBytes = 1 << 18; // of x at a time: a quarter of the smallest second-level cache in use, 1 MB
 
 KOLORS_FAST_INLINE int64_t panels(int64_t width) { return ceil_div(width, kPanel); }
 
@@ -41,8 +39,10 @@ struct Tiles {
     int64_t first(int64_t tile) const { return tile * rows / count; }
 };
 
-// rows x depth of x, `stride` apart, as [depth][rows].
-KOLORS_FAST_INLINE void pack_tile(const float *x, int64_t stride, int64_t rows, int64_t depth, float *tile) {
+// rows x depth of x, `stride` apart, as [depth][rows], or into the first columns of rows that are `width` long.
+KOLORS_FAST_INLINE void pack_tile(const float *x, int64_t stride, int64_t rows, int64_t depth, float *tile,
+                                  int64_t width = 0) {
+    width = width ? width : rows;
     int64_t done = 0;
 #if defined(__SSE__)
     if (rows >= 4)
@@ -53,16 +53,16 @@ KOLORS_FAST_INLINE void pack_tile(const float *x, int64_t stride, int64_t rows, 
                 __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + stride);
                 __m128 c = _mm_loadu_ps(from + 2 * stride), d = _mm_loadu_ps(from + 3 * stride);
                 _MM_TRANSPOSE4_PS(a, b, c, d);
-                float *to = tile + done * rows + r;
+                float *to = tile + done * width + r;
                 _mm_storeu_ps(to, a);
-                _mm_storeu_ps(to + rows, b);
-                _mm_storeu_ps(to + 2 * rows, c);
-                _mm_storeu_ps(to + 3 * rows, d);
+                _mm_storeu_ps(to + width, b);
+                _mm_storeu_ps(to + 2 * width, c);
+                _mm_storeu_ps(to + 3 * width, d);
             }
 #endif
     for (int64_t k = done; k < depth; ++k)
         for (int64_t r = 0; r < rows; ++r)
-            tile[k * rows + r] = x[r * stride + k];
+            tile[k * width + r] = x[r * stride + k];
 }
 
 // One tile by one panel: sums[2 r] and sums[2 r + 1] begin as left and right. Meanwhile what follows `ahead` is

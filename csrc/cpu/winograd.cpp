@@ -2,9 +2,9 @@
 //
 // Each 2x2 patch of the output reads a 4x4 window d of the input: y = A^T ((G g G^T) * (B^T d B)) A, where * is taken
 // for each of the 16 positions alone and sums over channels. So the convolution is 16 products of matrices, patches by
-// channels. B and A hold 0, 1 and -1 only and G besides 1/2: the result is exact up to rounding, of which there is
-// about twice as much as in the plain sum (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks,
-// arXiv 1509.09308).
+// channels (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, arXiv 1509.09308). B and A hold 0, 1 and
+// -1 only and G besides 1/2: the result is exact up to rounding, of which there is less than in the plain sum from
+// about 16 channels on, because each sum is a ninth as long (tests/ops/test_cpu_products.py).
 #include "isa.h"
 #include "parallel.h"
 #include "product.h"
@@ -14,7 +14,9 @@ namespace KOLORS_FAST_ISA {
 namespace {
 
 constexpr int kPositions = 16;
-constexpr int64_t kWindowsBytes = 1 << 19; // of transformed windows at a time: half of a second-level cache of 1 MB
+// Of transformed windows at a time: half of a second-level cache of 1 MB, but enough tiles for a panel that comes from
+// memory. With one tile, 1280 channels on 8x8 took 12.1 ms; with two or more 8.2 to 8.9 (2 cores of an AMD EPYC).
+constexpr int64_t kWindowsBytes = 1 << 19, kLeastTiles = 4;
 
 // The 2x2 patches of all samples, row by row.
 struct Patches {
@@ -133,30 +135,36 @@ void convolve(const Winograd &a, const Patches &patches, int64_t first, int64_t 
     }
 }
 
+// G g G^T of one channel for one output channel; zeros beyond the last.
+KOLORS_FAST_INLINE void pack_weight(const PackWinograd &a, int64_t panel, int64_t lane, int64_t channel) {
+    const WinogradShape &s = a.shape;
+    const int64_t o = panel * kPanel + lane;
+    double half[4][3] = {}; // G g
+    for (int j = 0; j < 3 && o < s.out; ++j) {
+        const float *g = a.weight + (o * 9 + j) * s.channels + channel; // [out, 3, 3, channels]
+        const double top = g[0], middle = g[3 * s.channels], bottom = g[6 * s.channels];
+        half[0][j] = top;
+        half[1][j] = 0.5 * (top + middle + bottom);
+        half[2][j] = 0.5 * (top - middle + bottom);
+        half[3][j] = bottom;
+    }
+    float *to = a.packed + (panel * kPositions * s.channels + channel) * kPanel + lane;
+    for (int i = 0; i < 4; ++i) {
+        const double *h = half[i];
+        const double u[4] = {h[0], 0.5 * (h[0] + h[1] + h[2]), 0.5 * (h[0] - h[1] + h[2]), h[2]};
+        for (int j = 0; j < 4; ++j)
+            to[(4 * i + j) * s.channels * kPanel] = static_cast<float>(u[j]);
+    }
+}
+
 } // namespace
 
 void pack_winograd(const PackWinograd &a) {
     const WinogradShape &s = a.shape;
-    parallel_for(panels(s.out) * kPanel, max_threads(), [&](int64_t begin, int64_t end, int) {
-        for (int64_t o = begin; o < end; ++o)
-            for (int64_t c = 0; c < s.channels; ++c) {
-                double half[4][3] = {}; // G g
-                for (int j = 0; j < 3 && o < s.out; ++j) {
-                    const float *g = a.weight + (o * 9 + j) * s.channels + c; // [out, 3, 3, channels]
-                    const double top = g[0], middle = g[3 * s.channels], bottom = g[6 * s.channels];
-                    half[0][j] = top;
-                    half[1][j] = 0.5 * (top + middle + bottom);
-                    half[2][j] = 0.5 * (top - middle + bottom);
-                    half[3][j] = bottom;
-                }
-                for (int i = 0; i < 4; ++i) {
-                    const double *h = half[i];
-                    const double u[4] = {h[0], 0.5 * (h[0] + h[1] + h[2]), 0.5 * (h[0] - h[1] + h[2]), h[2]};
-                    for (int j = 0; j < 4; ++j)
-                        a.packed[((o / kPanel * kPositions + 4 * i + j) * s.channels + c) * kPanel + o % kPanel] =
-                            static_cast<float>(u[j]);
-                }
-            }
+    parallel_for(panels(s.out) * s.channels, max_threads(), [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i)
+            for (int lane = 0; lane < kPanel; ++lane)
+                pack_weight(a, i / s.channels, lane, i % s.channels);
     });
 }
 
@@ -168,9 +176,9 @@ void winograd(const Winograd &a) {
     // patches among the threads as far as they go, then output channels
     const int64_t row_parts = at_most(ceil_div(patches.count, kTileRows), threads);
     const int64_t column_parts = at_most(threads / row_parts, columns);
-    const int64_t block = at_most(
-        ceil_div(patches.count, row_parts),
-        kTileRows * std::max<int64_t>(1, kWindowsBytes / (kPositions * sizeof(float) * kTileRows * s.channels)));
+    const int64_t of_tile = kPositions * kTileRows * s.channels * static_cast<int64_t>(sizeof(float));
+    const int64_t block =
+        at_most(ceil_div(patches.count, row_parts), kTileRows * std::max(kLeastTiles, kWindowsBytes / of_tile));
     parallel_for(row_parts * column_parts, threads, [&](int64_t begin, int64_t end, int) {
         const int64_t windows = kPositions * block * s.channels, sums = 2 * kPositions * block;
         float *memory = scratch(windows + sums * kWidth + padded(s.channels));

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 # rows, depth, width; tiles have 13 or 6 rows, panels 32 or 16 columns, vectors 16, 8 or 4
 LINEAR = [(1, 1, 1), (5, 3, 2), (13, 7, 16), (14, 9, 33), (27, 64, 48), (131, 77, 100), (64, 1300, 8), (300, 4, 70)]
+LINEAR += [(20, 2049, 17), (3, 5000, 40)]  # summed in parts
 # batch, channels, out, height, width; patches are 2x2
 MAPS = [(1, 1, 1, 1, 1), (1, 3, 5, 2, 1), (2, 16, 32, 5, 7), (3, 17, 33, 8, 9), (1, 40, 16, 1, 12), (2, 600, 7, 9, 8)]
 # batch, queries, keys, heads, head_dim; a block has 512 keys, or fewer of large heads
