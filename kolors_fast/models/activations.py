@@ -18,8 +18,8 @@ from .layers import Conv2d, Linear
 _INSIDE = 4 << 20  # bytes that operators take whatever the shapes
 
 
-def activation_bytes(model: nn.Module, call: Callable[[Any], Any]) -> int:
-    """An upper bound of what `call(model)` allocates at its peak, the tensors that it creates as inputs included.
+def activation_bytes(model: nn.Module, call: Callable[[Any], Any], device: str = "cpu") -> int:
+    """An upper bound of what `call(model)` allocates on the device at its peak, the inputs that it creates included.
 
     The call runs on tensors without memory, and every storage that an operator returns counts from then until it is
     freed. Added are what operators use inside: a tenth, 4 MiB (attention on a CPU takes about 0.1 MiB per thread), and
@@ -35,7 +35,7 @@ def activation_bytes(model: nn.Module, call: Callable[[Any], Any]) -> int:
             result = call(model)
         del result
     reordered = max((value.nbytes for value in model.parameters() if value.dim() == 4), default=0)
-    return int(1.1 * peak.most) + _INSIDE + reordered + _kept(model)
+    return int(1.1 * peak.most) + _INSIDE + reordered + (_kept(model) if device == "cpu" else 0)
 
 
 def _kept(model: nn.Module) -> int:

@@ -7,13 +7,15 @@ and our own: `kolors_fast`, a linear layer of packed weights (csrc/cpu/linear.cp
 shape nearest to the one at hand decides. A CPU that was not measured gets torch's choice. The sums are the same up to
 their order; each element's does not depend on the number of threads or on the other rows, where ours multiplies.
 
-Packed weights are a second copy, of PACKED_LIMIT bytes at most in a process; the weights beyond are read in place.
+Packed weights are a second copy, of PACKED_LIMIT bytes at most in a process, a quarter of the machine's memory; the
+weights beyond are read in place.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -28,7 +30,7 @@ from .. import savings
 from . import _backends, _library, _rows
 from ._marks import Derived
 
-PACKED_LIMIT = 1 << 30
+PACKED_LIMIT = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 _packed = Derived(PACKED_LIMIT)
 PANEL = 32  # columns, as csrc/cpu/product.h has them
 _OURS = ("kolors_fast",)

@@ -164,8 +164,8 @@ def plans(
     h, w = height // factor, width // factor
     features = 2 * pictures * MAX_TEXT * unet_model.config.encoder_hid_dim * dtype.itemsize
 
-    unet = _unet(unet_model, pictures, h, w)
-    vaes = [_vae(vae_model, pictures, h, w, tiled) for tiled in (False, True)]
+    unet = _unet(unet_model, pictures, h, w, kind)
+    vaes = [_vae(vae_model, pictures, h, w, tiled, kind) for tiled in (False, True)]
     for bits in (None, "int8", "int4") if quantization is None else (quantization,):
         encoder = _text_encoder(configs["text_encoder"], dtype, pictures, bits)
         for one_by_one in (False, True) if bits == quantization else (True,):
@@ -196,7 +196,7 @@ def _text_encoder(config: Mapping[str, Any], dtype: torch.dtype, pictures: int, 
     return Model("text_encoder", _kind(dtype, quantization), _weight_bytes(model), activation_bytes(few, read))
 
 
-def _unet(model: KolorsUNet, pictures: int, height: int, width: int) -> Model:
+def _unet(model: KolorsUNet, pictures: int, height: int, width: int, device: str) -> Model:
     count, dtype = 2 * pictures, model.dtype
     pooled = model.config.projection_class_embeddings_input_dim - 6 * model.config.addition_time_embed_dim
 
@@ -209,10 +209,10 @@ def _unet(model: KolorsUNet, pictures: int, height: int, width: int) -> Model:
         added = {"text_embeds": zeros(count, pooled), "time_ids": torch.zeros(count, 6)}
         return latents, model(latents[0], 1.0, text, added_cond_kwargs=added)
 
-    return Model("unet", _kind(dtype), _weight_bytes(model), activation_bytes(model, denoise))
+    return Model("unet", _kind(dtype), _weight_bytes(model), activation_bytes(model, denoise, device))
 
 
-def _vae(model: AutoencoderKL, pictures: int, height: int, width: int, tiled: bool) -> Model:
+def _vae(model: AutoencoderKL, pictures: int, height: int, width: int, tiled: bool, device: str) -> Model:
     model = AutoencoderKL.empty(model.config, model.dtype)
     if tiled:
         model.enable_tiling()
@@ -220,7 +220,7 @@ def _vae(model: AutoencoderKL, pictures: int, height: int, width: int, tiled: bo
     def decode(model: AutoencoderKL) -> Any:
         return model.decode(torch.zeros(pictures, model.config.latent_channels, height, width, dtype=model.dtype))
 
-    return Model("vae", _kind(model.dtype), _weight_bytes(model), activation_bytes(model, decode))
+    return Model("vae", _kind(model.dtype), _weight_bytes(model), activation_bytes(model, decode, device))
 
 
 def _kind(dtype: torch.dtype, quantization: str | None = None) -> str:

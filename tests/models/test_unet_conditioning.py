@@ -18,6 +18,8 @@ import kolors_fast
 from kolors_fast import KolorsUNet, savings
 from kolors_fast.models.unet_conditioning import balanced, collapse_pads
 
+pytestmark = pytest.mark.usefixtures("every_product_of_ours")  # whose packed weights follow every edit too
+
 CONFIG: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (8, 16),
@@ -121,6 +123,9 @@ EDITS: dict[str, Callable[[KolorsUNet, dict[str, Any]], Any]] = {
     "values' weight through data": lambda m, a: block(m).attn2.to_v.weight.data.mul_(3),
     "queries' weight": lambda m, a: block(m).attn2.to_q.weight.mul_(3),
     "output's bias": lambda m, a: block(m).attn2.to_out[0].bias.add_(3),
+    "a row of joined weights": lambda m, a: block(m).attn1.to_v.weight[3].mul_(-9),
+    "feed-forward": lambda m, a: block(m).ff.net[0].proj.weight.mul_(2),
+    "one number of a convolution": lambda m, a: m.conv_in.weight[1, 2, 1, 1].add_(9),
     "projection": lambda m, a: m.encoder_hid_proj.bias.add_(1),
     "size embedding": lambda m, a: m.add_embedding.linear_1.weight.mul_(2),
     "new parameter": lambda m, a: setattr(block(m).attn2.to_k, "weight", nn.Parameter(torch.randn(16, 12))),

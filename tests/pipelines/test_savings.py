@@ -13,25 +13,13 @@ from torch import Tensor
 
 from kolors_fast import KolorsPipeline, KolorsUNet, savings, use_backend, without
 from kolors_fast.assets import bundled
-from kolors_fast.models import layers
 from kolors_fast.models.unet_conditioning import Steps
-from kolors_fast.ops import _products
 
 PROMPT = "红色圆形在蓝色方块左边"
 ALL = tuple(savings.SAVINGS)
 
 
-@pytest.fixture(autouse=True)
-def every_product_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where ours, and four small convolutions in the place of one, are fastest at any size."""
-
-    def for_conv2d(x: torch.Size, w: torch.Size, *steps: int) -> tuple[str, ...]:
-        of_kernel = {((1, 1), (1, 1, 0, 0)): "kolors_fast", ((3, 3), (1, 1, 1, 1)): "winograd"}
-        return of_kernel.get((tuple(w[2:]), steps), "packed"), "packed"
-
-    monkeypatch.setattr(_products, "_for_linear", lambda *_: ("kolors_fast", "onednn"))
-    monkeypatch.setattr(_products, "_for_conv2d", for_conv2d)
-    monkeypatch.setattr(layers, "PHASES_FROM", 0)
+pytestmark = pytest.mark.usefixtures("every_product_of_ours")
 
 
 def latents(pipeline: Any, *, seed: int = 0, steps: int = 25, **arguments: Any) -> Tensor:
