@@ -23,11 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kolors_fast.ops import _products
+from kolors_fast.ops import _attention, _products
 
 TABLE = Path(_products.__file__).parent / "products.json"
 LINEAR = [*product((2, 32, 128, 512, 2048), [(64, 64), (128, 128), (256, 256), (256, 1024), (1024, 256), (1280, 1280)])]
 CONV2D = [(side, c, o) for side in (8, 16, 32, 64) for c, o in [(32, 32), (64, 64), (128, 128), (256, 256), (512, 256)]]
+# heads of all samples, tokens, elements of a head
+ATTENTION = [*product((2, 8, 40), (16, 64, 256, 1024), (16, 64)), (1, 1024, 512), (1, 4096, 512), (2, 4096, 64)]
 CACHE, ROUNDS, LONGEST = 48 << 20, 7, 2e9  # bytes; rounds; products of a call
 
 for parameter, value in ((-4, 0), (-1, -1)):  # as in bench/conftest.py: freed memory stays with the process
@@ -54,6 +56,16 @@ def conv2d(side: int, channels: int, out: int) -> dict[str, Callable[[], Any]]:
         "torch": lambda: [F.conv2d(x, w, bias, 1, 1) for w in weights],
         "packed": lambda: [_products._packed_conv2d(x, w, bias, one, one) for w in weights],
         "winograd": lambda: [_products._winograd(x, w, bias) for w in weights],
+    }
+
+
+def attention(heads: int, tokens: int, head_dim: int) -> dict[str, Callable[[], Any]]:
+    count = _copies(12 * heads * tokens * head_dim)
+    inputs = [torch.randn(1, tokens, 3 * heads, head_dim).chunk(3, dim=2) for _ in range(count)]
+    scale = head_dim**-0.5
+    return {
+        "torch": lambda: [_attention._sdpa(*qkv, None, scale) for qkv in inputs],
+        "kolors_fast": lambda: [_attention._ours(*qkv, None, scale) for qkv in inputs],
     }
 
 
@@ -84,6 +96,9 @@ def main() -> None:
             if 2 * math.prod(shape) <= LONGEST:
                 rows.append(("conv2d", shape, microseconds(conv2d(side, channels, out))))
                 print(*rows[-1], flush=True)
+        for shape in ATTENTION:
+            rows.append(("attention", shape, microseconds(attention(*shape))))
+            print(*rows[-1], flush=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     table[_products.this_machine()] = {

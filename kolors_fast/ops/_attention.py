@@ -13,8 +13,8 @@ FlashAttention-2 321.
 - The Triton kernel normalises by itself, so it is a column of the op. It comes before the last resort only: its own
   rate has not been measured on a GPU yet.
 - math is the same torch function, where it would write out the L x S matrix.
-- On a CPU ours (csrc/cpu/attention.cpp) is 1.0 to 1.6 times as fast as torch's in float32, the more the fewer tokens,
-  in bench/bench_ops.py on 2 cores of an AMD EPYC; it knows no other dtype and no gradient.
+- On a CPU ours (csrc/cpu/attention.cpp) runs in float32 without a gradient, where `_products` has measured it to be faster
+  than torch's for the nearest number of heads, keys and elements.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _backends, _library
+from . import _backends, _library, _products
 
 ORDER: Mapping[str, tuple[str, ...]] = {
     "cuda": ("flash_attn_3", "sdpa", "flash_attn", "xformers", "triton", "math"),
@@ -47,6 +47,8 @@ class Request(NamedTuple):
     biased: bool
     bias_needs_gradient: bool
     plain: bool  # a call by itself: autograd does not record it, torch.compile does not trace it, autocast is off
+    heads: int = 1  # of all samples
+    keys: int = 1
 
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # q, k, v [B, tokens, H, D], bias [B, S], scale
@@ -66,7 +68,8 @@ def request_of(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Requ
     architecture = _architecture(q.device.index or 0) if device == "cuda" else 0
     tensors = (q, k, v, key_bias)
     seen = _library.wants_grad(tensors) or _library.tracing(*tensors) or torch.is_autocast_enabled(device)
-    return Request(device, architecture, q.dtype, q.shape[3], key_bias is not None, needs_gradient, not seen)
+    biased, heads = key_bias is not None, q.shape[0] * q.shape[2]
+    return Request(device, architecture, q.dtype, q.shape[3], biased, needs_gradient, not seen, heads, k.shape[1])
 
 
 @_backends.once
@@ -130,7 +133,10 @@ def _ours_declines(request: Request) -> str | None:
         return reason
     if request.dtype != torch.float32:
         return f"computes float32, got {request.dtype}"
-    return None if request.plain else "has no gradient, no place in a traced graph and no autocast"
+    if not request.plain:
+        return "has no gradient, no place in a traced graph and no autocast"
+    faster = _products.choose("attention", request.heads, request.keys, request.head_dim)
+    return None if faster else "not measured to be faster on this CPU"
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:

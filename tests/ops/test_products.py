@@ -21,7 +21,7 @@ MACHINE = "AuthenticAMD avx512bf16"
 
 def test_the_nearest_measured_shape_decides() -> None:
     table = _products.measured(MACHINE)
-    assert set(table) == {"linear", "conv2d"}
+    assert set(table) == {"linear", "conv2d", "attention"}
     for kind, rows in table.items():
         for shape, faster in rows.items():
             assert _products.choose(kind, *shape, machine=MACHINE) == faster

@@ -184,6 +184,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]
     monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
     monkeypatch.setattr(_attention, "missing", _attention.missing.__wrapped__)  # asked anew each time
     monkeypatch.setattr(_attention, "_flash_in_torch", lambda: True)
+    monkeypatch.setattr(_attention._products, "this_machine", lambda: "AuthenticAMD avx512bf16")
     return calls
 
 
@@ -196,7 +197,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]
         (BF16._replace(biased=True), "sdpa"),
         (BF16._replace(dtype=torch.float32), "sdpa"),
         (BF16._replace(head_dim=512), "sdpa"),
-        (Request("cpu", 0, torch.float32, 64, False, False, True), "kolors_fast"),
+        (Request("cpu", 0, torch.float32, 64, False, False, True, 8, 64), "kolors_fast"),
         (Request("cpu", 0, torch.float32, 64, False, False, False), "math"),
         (Request("cpu", 0, torch.bfloat16, 64, False, False, True), "math"),
         (Request("mps", 0, torch.float32, 64, False, False, True), "math"),
@@ -251,7 +252,8 @@ def test_xformers_gets_a_bias_whose_rows_are_aligned(installed: dict[str, list[d
     assert reasons(BF16._replace(biased=True, bias_needs_gradient=True))["xformers"].startswith("declines: ")
 
 
-def test_explain_shows_both_choices(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_shows_both_choices(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_attention._products, "choose", lambda *_: ("kolors_fast",))
     table = explain(qk_norm_attention, **inputs())
     assert table["attention kolors_fast"] == "runs" and table["cpu"] == "runs"
     assert table["attention math"] == "could run, but 'kolors_fast' comes first"
