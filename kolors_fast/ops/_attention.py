@@ -13,8 +13,8 @@ FlashAttention-2 321.
 - The Triton kernel normalises by itself, so it is a column of the op. It comes before the last resort only: its own
   rate has not been measured on a GPU yet.
 - math is the same torch function, where it would write out the L x S matrix.
-- On a CPU ours (csrc/cpu/attention.cpp) runs in float32 without a gradient, where `_products` has measured it to be faster
-  than torch's for the nearest number of heads, keys and elements.
+- On a CPU ours (csrc/cpu/attention.cpp) runs in float32 without a gradient, where it was measured to be faster than
+  torch's for the nearest number of heads, keys and elements (`_products.choose`).
 """
 
 from __future__ import annotations
