@@ -33,8 +33,8 @@ from ._marks import Derived
 PACKED_LIMIT = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 _packed = Derived(PACKED_LIMIT)
 PANEL = 32  # columns, as csrc/cpu/product.h has them
-_OURS = ("kolors_fast",)
 POSITIONS = 16  # of a window, as csrc/cpu/winograd.cpp has them
+_OURS = ("kolors_fast",)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,11 +57,12 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 def linear_of_parts(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, add: Tensor) -> Tensor:
     """add + concat(parts) @ weight^T + bias, the concat never built: parts [..., K_i], weight [N, sum of K_i, ...]."""
-    fits = sum(x.shape[-1] for x in parts) == weight.shape[1]
+    fits = sum(x.shape[-1] for x in parts) == weight.shape[1] and add.dtype == weight.dtype
+    fits = fits and all(add.shape == (*x.shape[:-1], weight.shape[0]) for x in parts)
     y: Tensor | None = add.contiguous() if fits else None
     first = 0
     for x in parts:
-        ours = _chooses(x, weight, bias) and _for_linear(x.shape, weight.shape)[:1] == _OURS
+        ours = _chooses(x, weight, bias, add) and _for_linear(x.shape, weight.shape)[:1] == _OURS
         y = _packed_linear(x, weight, None if first else bias, add=y, first=first) if ours and y is not None else None
         first += x.shape[-1]
     if y is not None:
@@ -236,7 +237,7 @@ def this_machine() -> str:
     return f"{vendor[1]} {module.isa()}" if vendor else "unknown"
 
 
-def _chooses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _chooses(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> bool:
     """Whether torch is not the only one: a float32 product on a CPU of which nothing wants a gradient."""
     return (
         x.is_cpu
@@ -247,7 +248,7 @@ def _chooses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.numel() > 0
         and savings.on("products")
         and _backends.forced() != "reference"
-        and not (torch.is_grad_enabled() and _library.wants_grad((x, weight, bias)))
-        and not _library.tracing(x, weight, bias)
+        and not (torch.is_grad_enabled() and _library.wants_grad((x, weight, bias, add)))
+        and not _library.tracing(x, weight, bias, add)
         and not torch.is_autocast_enabled("cpu")
     )

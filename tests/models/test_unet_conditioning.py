@@ -208,6 +208,24 @@ def test_gradients_and_inference_tensors_keep_nothing() -> None:
     assert kept(model) == 0
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["conv1.weight", "conv2.bias", "conv_shortcut.weight", "attn1.to_v.weight", "attn2.to_k.weight",
+     "attn2.to_out.0.bias", "norm3.weight", "ff.net.0.proj.bias"],
+)  # fmt: skip
+def test_a_single_parameter_trains_amid_frozen_ones(name: str) -> None:
+    """Kernels without a gradient stand back as soon as one of their tensors wants it, be it only the addend."""
+    arguments, model = inputs(), make().requires_grad_(False)
+    arguments["encoder_hidden_states"] = 5 * arguments["encoder_hidden_states"][:, -3:]
+    found = {**dict(block(model).named_parameters()), **dict(model.up_blocks[0].resnets[0].named_parameters())}
+    parameter = found[name].requires_grad_()
+    grads = []
+    for switched_off in ((), tuple(savings.SAVINGS)):
+        with kolors_fast.without(*switched_off):
+            grads += torch.autograd.grad(model(**arguments).sample.square().sum(), parameter)
+    assert (grads[0] - grads[1]).abs().max() <= 1e-4 * grads[1].abs().max()
+
+
 @torch.no_grad()
 def test_copies_and_moves_keep_nothing_foreign() -> None:
     model, arguments = make(), inputs()

@@ -141,6 +141,18 @@ def test_folded_keys_of_another_batch_are_refused() -> None:
             attention(torch.randn(wrong), to)
 
 
+def test_folded_keys_have_gradients() -> None:
+    attention = Attention(64, heads=4, head_dim=16, context_dim=8).requires_grad_(False)
+    context, x = torch.randn(2, 3, 8), torch.randn(2, 5, 64)
+    attention.to_k.weight.requires_grad_()
+    keys_values = attention.keys_values(context)
+    grads = [
+        torch.autograd.grad(attention(x, to).square().sum(), attention.to_k.weight, retain_graph=True)[0]
+        for to in (attention.fold(keys_values, None), keys_values)
+    ]
+    assert (grads[0] - grads[1]).abs().max() < 1e-5 * grads[1].abs().max()
+
+
 def test_every_instruction_set_agrees_with_float64() -> None:
     for isa in ("avx512bf16", "avx512", "avx2", "generic"):
         done = subprocess.run(
