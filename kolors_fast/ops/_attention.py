@@ -67,7 +67,8 @@ def request_of(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Requ
     needs_gradient = key_bias is not None and key_bias.requires_grad and torch.is_grad_enabled()
     architecture = _architecture(q.device.index or 0) if device == "cuda" else 0
     tensors = (q, k, v, key_bias)
-    seen = _library.wants_grad(tensors) or _library.tracing(*tensors) or torch.is_autocast_enabled(device)
+    seen = _library.wants_grad(tensors) or _library.tracing(*tensors) or _library.transformed()
+    seen = seen or torch.is_autocast_enabled(device)
     biased, heads = key_bias is not None, q.shape[0] * q.shape[2]
     return Request(device, architecture, q.dtype, q.shape[3], biased, needs_gradient, not seen, heads, k.shape[1])
 

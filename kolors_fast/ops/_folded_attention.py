@@ -32,7 +32,8 @@ def folded(keys: Tensor, values: Tensor, bias: Tensor) -> Folded:
 def attend_folded(x: Tensor, to: Folded, heads: int, out_bias: Tensor) -> Tensor:
     """sum_h softmax(x K_h + bias) V_h + out_bias for x [B, N, dim]."""
     fits = x.dtype == out_bias.dtype == torch.float32 and x.shape[::2] == to.keys.shape[:2]
-    if not fits or _library.tracing(x, out_bias) or _library.wants_grad((x, out_bias, *to[:3])):
+    seen = _library.tracing(x, out_bias) or _library.wants_grad((x, out_bias, *to[:3])) or _library.transformed()
+    if not fits or seen:
         logits = torch.baddbmm(to.bias, x, to.keys)  # [B, N, heads * K]
         weights = logits.unflatten(-1, (heads, -1)).softmax(-1).flatten(-2)
         return torch.baddbmm(out_bias, weights, to.values)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("kolors_fast", "DEF")
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), list, tuple})  # what launchers take as a tensor's field
@@ -49,6 +50,11 @@ def tracing(*tensors: Any) -> bool:
         if type(tensor) not in _PLAIN:
             return True
     return False
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work: a tensor is then more than what lies at its address."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def wants_grad(tensors: Iterable[Tensor | None]) -> bool:

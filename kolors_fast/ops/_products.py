@@ -250,5 +250,6 @@ def _chooses(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None 
         and _backends.forced() != "reference"
         and not (torch.is_grad_enabled() and _library.wants_grad((x, weight, bias, add)))
         and not _library.tracing(x, weight, bias, add)
+        and not _library.transformed()
         and not torch.is_autocast_enabled("cpu")
     )

@@ -133,6 +133,19 @@ def test_sizes_that_do_not_fit_are_torchs_to_refuse() -> None:
         _products.linear_of_parts([torch.randn(4, 3), torch.randn(4, 4)], torch.randn(6, 8), None, torch.randn(4, 6))
 
 
+@pytest.mark.usefixtures("others")
+@torch.no_grad()
+def test_torch_alone_multiplies_under_a_transform() -> None:
+    x, w = torch.randn(3, 4, 8), torch.randn(6, 8)
+    assert torch.allclose(torch.func.vmap(lambda one: _products.linear(one, w))(x), F.linear(x, w), atol=1e-5)
+    with torch.enable_grad():
+        _, tangent = torch.func.jvp(lambda one: _products.linear(one, w), (x,), (x,))
+    assert torch.allclose(tangent, F.linear(x, w), atol=1e-5)
+    xc, wc, _ = convolution()
+    _, tangent = torch.func.jvp(lambda one: _products.conv2d(one, wc, padding=(1, 1)), (xc,), (xc,))
+    assert torch.allclose(tangent, F.conv2d(xc, wc, padding=1), atol=1e-4)
+
+
 PACKED = {"linear": "linear", "geglu": "gated", "conv2d": "conv2d", "winograd": "winograd"}
 
 
