@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from kolors_fast.ops import _backends, use_backend
+from kolors_fast.ops import _backends, _products, use_backend
 
 ROOT = Path(__file__).parents[2]
 POINTER, INT64, INT, BOOL, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_bool, ctypes.c_double
@@ -104,6 +104,8 @@ def machine(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[M
     """The CUDA launchers behind the public ops; everything they are given to write holds NaN before."""
     machine = Machine(library)
     monkeypatch.setattr(_backends, "extension", lambda name: machine)
+    monkeypatch.setattr(_products, "choose", lambda *_: ())  # it has no attention and no products:
+    monkeypatch.setattr(_products, "_chooses", lambda *_: False)  # they are torch's
     monkeypatch.setattr(_backends, "unavailable", lambda backend: None)  # cached: keep the stand-in out of it
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -184,7 +184,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]
     monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
     monkeypatch.setattr(_attention, "missing", _attention.missing.__wrapped__)  # asked anew each time
     monkeypatch.setattr(_attention, "_flash_in_torch", lambda: True)
-    monkeypatch.setattr(_attention._products, "this_machine", lambda: "AuthenticAMD avx512bf16")
+    monkeypatch.setattr(_attention._products, "choose", lambda *_: ("kolors_fast",))
     return calls
 
 
