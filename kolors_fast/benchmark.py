@@ -243,7 +243,7 @@ def _peak(profiled: profile) -> int:
     held = most = 0
     for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]  # it has run
         if event.name() == "[memory]":
-            held += event.nbytes()  # type: ignore[union-attr]
+            held += event.nbytes()  # type: ignore[union-attr]  # as above
             most = max(most, held)
     return most
 

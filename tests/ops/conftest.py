@@ -1,4 +1,4 @@
-"""The SIMT machine of tests/simt as fixtures: the CUDA kernels, compiled by g++ and executed on the CPU."""
+"""The SIMT machine of tests/simt, on which the CPU executes the CUDA kernels, and runs on every instruction set."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,19 @@ def machine(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[M
     with use_backend("cpu"):
         yield machine
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def on_every_instruction_set() -> Callable[[str], None]:
+    """Runs a test file as a script, in a process of its own for each instruction set that this CPU has."""
+
+    def run(path: str) -> None:
+        for isa in ("avx512bf16", "avx512", "avx2", "generic"):
+            environment = {**os.environ, "KOLORS_FAST_CPU_ISA": isa}
+            done = subprocess.run(
+                [sys.executable, path], env=environment, cwd=Path(sys.prefix), capture_output=True, text=True
+            )
+            if "which this CPU does not have" not in done.stderr:
+                assert done.returncode == 0, (isa, done.stderr)
+
+    return run
