@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kolors_fast import KolorsPipeline, KolorsUNet, savings, use_backend, without
 from kolors_fast.assets import bundled
-from kolors_fast.models.unet_conditioning import Steps
+from kolors_fast.models.conditioning import Steps
 
 PROMPT = "红色圆形在蓝色方块左边"
 ALL = tuple(savings.SAVINGS)
@@ -48,19 +48,17 @@ def test_fused_trajectory_is_the_reference_in_float32(tiny: KolorsPipeline) -> N
     assert not torch.equal(fused, reference)  # two ways of computing it
 
 
-def test_fused_trajectory_in_bfloat16_is_within_the_noise_of_eager() -> None:
-    """The noise: how far two runs of plain PyTorch end up from each other that differ in memory layout alone, which
-    makes oneDNN sum in another order; the root mean square over seeds of the distance relative to the latents."""
+def test_fused_trajectory_in_bfloat16_is_as_near_the_truth_as_eager(tiny: KolorsPipeline) -> None:
+    """The ops' contract, on whole trajectories: at most 1.5 times the error of plain PyTorch. The truth is the
+    trajectory in float32; the median over seeds, for now and then rounding decides what a picture shows."""
     pipeline = KolorsPipeline.from_pretrained(bundled("kolors-tiny"), torch_dtype=torch.bfloat16)
-    noise, ours = [], []
-    for seed in range(4):
-        with use_backend("reference"):
-            with without(*ALL):
-                eager = latents(pipeline, seed=seed)
-            with without(*[name for name in ALL if name != "channels_last"]):
-                noise.append(distance(latents(pipeline, seed=seed), eager))
-        ours.append(distance(latents(pipeline, seed=seed), eager))
-    assert math.hypot(*ours) <= math.hypot(*noise)
+    eager, ours = [], []
+    for seed in range(7):
+        with use_backend("reference"), without(*ALL):
+            truth = latents(tiny, seed=seed)
+            eager.append(distance(latents(pipeline, seed=seed), truth))
+        ours.append(distance(latents(pipeline, seed=seed), truth))
+    assert statistics.median(ours) <= 1.5 * statistics.median(eager)
 
 
 @pytest.mark.parametrize("name", [None, *ALL])
@@ -136,5 +134,5 @@ def test_steps_of_a_device_row_are_those_of_the_host(ours: Any) -> None:
             on_host, on_device = steps.at(row), steps.at(torch.tensor([row]))
             alone = ours.unet.shifts(ours.unet.embed_time(timestep, text), prompt)
             for block, shift in alone.items():
-                assert torch.equal(on_host.shifts[block], on_device.shifts[block])
-                assert torch.allclose(on_host.shifts[block], shift, rtol=1e-5, atol=1e-5)
+                assert torch.equal(on_host.modulations[block], on_device.modulations[block])
+                assert torch.allclose(on_host.modulations[block], shift, rtol=1e-5, atol=1e-5)
