@@ -77,6 +77,18 @@ class Conv2d(nn.Conv2d):
         return conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
 
 
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with a SiLU between: [B, in_dim] -> [B, dim]."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(in_dim, dim)
+        self.linear_2 = Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
 def is_wrapped(layer: nn.Module) -> bool:
     """Whether something stands around the layer (LoRA layers, hooks), so that it must be called."""
     if type(layer) not in (Linear, Conv2d, nn.Linear, nn.Conv2d, nn.LayerNorm) or "forward" in layer.__dict__:

@@ -19,18 +19,20 @@ from .. import savings
 from ..ops import _library
 from .attention import Attention
 from .checkpoint import PretrainedModel
+from .conditioning import Conditioning, PromptCache, State, Steps
 from .layers import (
     Conv2d,
     GroupNorm,
     Linear,
     ResnetBlock,
+    TimestepEmbedding,
     is_wrapped,
     sinusoidal_embedding,
     store_convolutions,
     use_channels_last,
 )
-from .unet_blocks import BlockShape, DownBlock, MidBlock, TimestepEmbedding, UpBlock
-from .unet_conditioning import Conditioning, Prompt, PromptCache, State, Steps, balanced, collapse_pads, filled_up
+from .unet_blocks import BlockShape, DownBlock, MidBlock, UpBlock
+from .unet_conditioning import Prompt, balanced, collapse_pads, filled_up
 
 DOWN_TYPES = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_TYPES = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}

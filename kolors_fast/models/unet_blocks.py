@@ -16,8 +16,8 @@ from .. import savings
 from ..ops.geglu import geglu
 from ..ops.geglu_linear import geglu_linear
 from .attention import Attention
+from .conditioning import Conditioning
 from .layers import Downsample, GroupNorm, Linear, ResnetBlock, Upsample, add_and_norm, is_wrapped, to_map, to_tokens
-from .unet_conditioning import Conditioning
 
 TRANSFORMER_NORM_EPS = 1e-6
 
@@ -37,18 +37,6 @@ class BlockShape(NamedTuple):
 
     def transformers(self, channels: int, count: int) -> list[Transformer]:
         return [Transformer(channels, self) for _ in range(count if self.depth else 0)]
-
-
-class TimestepEmbedding(nn.Module):
-    """Two linear layers with a SiLU between: [B, in_dim] -> [B, dim]."""
-
-    def __init__(self, in_dim: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = Linear(in_dim, dim)
-        self.linear_2 = Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class GEGLU(nn.Module):
@@ -139,7 +127,7 @@ class DownBlock(nn.Module):
         """
         skips = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, cond.shifts[resnet])
+            x = resnet(x, cond.modulations[resnet])
             if self.attentions:
                 x = self.attentions[i](x, cond)
                 if residual is not None and i == len(self.resnets) - 1:
@@ -163,10 +151,10 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
         first, second = self.resnets
-        x = first(x, cond.shifts[first])
+        x = first(x, cond.modulations[first])
         for attention in self.attentions:
             x = attention(x, cond)
-        return second(x, cond.shifts[second])
+        return second(x, cond.modulations[second])
 
 
 class UpBlock(nn.Module):
@@ -192,7 +180,7 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor], cond: Conditioning) -> Tensor:
         """Takes its maps off the end of `skips`, and upsamples to the size of the map that is last then."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, cond.shifts[resnet], skips.pop())
+            x = resnet(x, cond.modulations[resnet], skips.pop())
             if self.attentions:
                 x = self.attentions[i](x, cond)
         for upsampler in self.upsamplers:

@@ -10,8 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import savings
+from ..models.conditioning import Steps
 from ..models.unet import lora_scaled
-from ..models.unet_conditioning import Prompt, Steps
+from ..models.unet_conditioning import Prompt
 from ..sampling.denoise import Step
 from ..sampling.graphs import StepGraphs
 from ..schedulers import StepTable
