@@ -105,21 +105,30 @@ class Attention(nn.Module):
 
 
 class Joined:
-    """The weights of several layers as one, of which theirs are views, so that one product serves all."""
+    """The weights, and the biases, of several layers as one, of which theirs are views: one product serves all."""
 
     def __init__(self) -> None:
         self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
         self.marks: list[Mark] = []
 
     def project(self, x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
         """Each layer's output for x."""
-        weights = [layer.weight for layer in layers] if _may_join(x, layers) else []
-        if not weights:
+        if not may_join(x, layers):
             return [layer(x) for layer in layers]
-        if self.weight is None or not all(m.holds(w) for m, w in zip(self.marks, weights, strict=True)):
-            self.weight = _join(weights)
-            self.marks = [Mark(w) for w in weights]
-        return linear(x, self.weight).split([len(w) for w in weights], dim=-1)
+        weight, bias = self.of(layers)
+        return linear(x, weight, bias).split([len(layer.weight) for layer in layers], dim=-1)
+
+    def of(self, layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+        """The layers' weight [sum of outputs, inputs] and bias, of layers that may be joined."""
+        weights = [layer.weight for layer in layers]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        joined = [*weights, *biases]
+        fresh = len(self.marks) == len(joined) and all(m.holds(w) for m, w in zip(self.marks, joined, strict=True))
+        if self.weight is None or not fresh:
+            self.weight, self.bias = _join(weights), _join(biases) if biases else None
+            self.marks = [Mark(w) for w in joined]
+        return self.weight, self.bias
 
     def __deepcopy__(self, memo: Any) -> Joined:
         return Joined()  # the copied weights lie apart
@@ -128,35 +137,37 @@ class Joined:
         return Joined, ()
 
 
-def _may_join(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
+def may_join(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
     """Only where nothing trains: weights that an optimizer or a gradient knows stay where they are."""
     if torch.is_grad_enabled() or tracing(x) or not savings.on("fused_qkv"):
         return False
     return not any(
         layer.training
         or is_wrapped(layer)
-        or layer.bias is not None
-        or type(layer.weight.data) is not Tensor
-        or layer.weight.is_inference()
-        or layer.weight.dtype != layers[0].weight.dtype
+        or (layer.bias is None) != (layers[0].bias is None)
+        or any(
+            type(value.data) is not Tensor or value.is_inference() or value.dtype != layers[0].weight.dtype
+            for value in layer.parameters()
+        )
         for layer in layers
     )
 
 
-def _join(weights: Sequence[Tensor]) -> Tensor:
-    """[sum of outputs, inputs]; the weights become views of it, where they are not yet."""
-    first, sizes = weights[0].detach(), [len(w) for w in weights]
-    if all(w.is_contiguous() and w.data_ptr() == a for w, a in zip(weights, _addresses(weights), strict=True)):
+def _join(values: Sequence[Tensor]) -> Tensor:
+    """Weights [out, in] or biases [out] as one tensor; they become views of it, where they are not yet."""
+    first, sizes = values[0].detach(), [len(value) for value in values]
+    shape = (sum(sizes), *first.shape[1:])
+    if all(v.is_contiguous() and v.data_ptr() == a for v, a in zip(values, _addresses(values), strict=True)):
         storage = first.untyped_storage().data_ptr()
-        if all(w.untyped_storage().data_ptr() == storage for w in weights):
-            return first.as_strided((sum(sizes), first.shape[1]), (first.shape[1], 1))
-    whole = torch.cat([w.detach() for w in weights])
-    for w, part in zip(weights, whole.split(sizes), strict=True):
-        w.data = part
+        if all(v.untyped_storage().data_ptr() == storage for v in values):
+            return first.as_strided(shape, (*first.shape[1:], 1))
+    whole = torch.cat([value.detach() for value in values])
+    for value, part in zip(values, whole.split(sizes), strict=True):
+        value.data = part
     return whole
 
 
-def _addresses(weights: Sequence[Tensor]) -> list[int]:
-    """Where the weights begin if each follows the one before."""
-    ends = accumulate([w.nbytes for w in weights], initial=weights[0].data_ptr())
+def _addresses(values: Sequence[Tensor]) -> list[int]:
+    """Where the values begin if each follows the one before."""
+    ends = accumulate([value.nbytes for value in values], initial=values[0].data_ptr())
     return list(ends)[:-1]
