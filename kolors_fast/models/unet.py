@@ -8,7 +8,6 @@ UNet2DConditionModel.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from .layers import (
     store_convolutions,
     use_channels_last,
 )
+from .lora import lora_scale, lora_scaled
 from .unet_blocks import BlockShape, DownBlock, MidBlock, UpBlock
 from .unet_conditioning import Prompt, balanced, collapse_pads, filled_up
 
@@ -413,32 +413,6 @@ class KolorsUNet(PretrainedModel):
                     f"set_attn_processor: {name}: expected plain attention (AttnProcessor2_0), which this "
                     f"model computes itself, got {kind}"
                 )
-
-
-def lora_scale(cross_attention_kwargs: Mapping[str, Any] | None) -> float:
-    """The strength of injected LoRA layers that a caller asks for."""
-    kwargs = dict(cross_attention_kwargs or {})
-    scale: float = kwargs.pop("scale", 1.0)
-    if kwargs:
-        raise ValueError(f"cross_attention_kwargs: expected no key but 'scale', got {sorted(kwargs)}")
-    return scale
-
-
-@contextmanager
-def lora_scaled(model: nn.Module, scale: float) -> Iterator[None]:
-    """Multiply the strength of every injected PEFT layer inside the block."""
-    layers: list[Any] = [m for m in model.modules() if hasattr(m, "scale_layer")] if scale != 1.0 else []
-    for layer in layers:
-        layer.scale_layer(scale)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            if scale != 0:
-                layer.unscale_layer(scale)
-            else:  # a zero cannot be divided out
-                for name in layer.active_adapters:
-                    layer.set_scale(name, 1.0)
 
 
 def _check_fixed(given: Mapping[str, Any]) -> dict[str, Any]:
