@@ -148,8 +148,8 @@ class StepGraphs:
 
     def _key(self, plan: Plan, table: StepTable, sample: Tensor, weights: Tensor) -> Hashable:
         return (
-            tuple(sample.shape), sample.dtype, sample.device, tuple(weights.shape), plan.signature(), len(table),
-            table.uses_previous, table.clip, any(table.needs_noise), _baked(self.model),
+            tuple(sample.shape), sample.dtype, sample.device, tuple(weights.shape), plan.signature(),
+            table.coefficients.shape, table.uses_previous, table.clip, any(table.needs_noise), _baked(self.model),
         )  # fmt: skip
 
     def _capture(self, program: Program) -> Callable[[], None]:

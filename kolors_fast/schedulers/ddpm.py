@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -11,17 +12,19 @@ from torch import Tensor
 from .config import records_config
 from .schedule import given_values, spaced_timesteps
 from .scheduler import Generator, Scheduler, StepOutput, as_given, mix_noise
-from .table import Row, StepTable, affine_row, denoised_from
+from .table import StepTable, affine_row, denoised_from
 
-VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned_range")
 
 
 class DDPMScheduler(Scheduler):
     """next = sqrt(A') b/(1 - A) x0 + sqrt(a) (1 - A')/(1 - A) x + std n, with a = A/A' and b = 1 - a.
 
     A' is alpha-bar at the next timestep of the run, 1 after the last (Ho et al. 2020, https://arxiv.org/abs/2006.11239,
-    equation 7). std² is (1 - A')/(1 - A) b ("fixed_small") or b ("fixed_large"). Constructor keys, defaults and methods
-    are those of diffusers' class of this name; learned variances, thresholding and zero-terminal-SNR betas are refused.
+    equation 7). std² is (1 - A')/(1 - A) b ("fixed_small") or b ("fixed_large"), or the model chooses between these two
+    ("learned_range", Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672) and predicts 2C channels, see StepTable.
+    Constructor keys, defaults and methods are those of diffusers' class of this name; variances learned without bounds,
+    thresholding and zero-terminal-SNR betas are refused.
     """
 
     counts_steps = False
@@ -49,6 +52,7 @@ class DDPMScheduler(Scheduler):
         if variance_type not in VARIANCES:
             raise ValueError(f"variance_type: expected one of {VARIANCES}, got {variance_type!r}")
         self._prepare()
+        self.learned_variance = variance_type == "learned_range"
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
 
     def set_timesteps(
@@ -79,24 +83,25 @@ class DDPMScheduler(Scheduler):
             clip=self.config.clip_sample_range if self.config.clip_sample else None,
         )
 
-    def _row(self, timestep: int, after: int) -> Row:
+    def _row(self, timestep: int, after: int) -> tuple[float, ...]:
         bar = float(self._alpha_bar[timestep])
         bar_next = float(self._alpha_bar[after]) if after >= 0 else 1.0
         step_alpha = bar / bar_next
-        variance = 1 - step_alpha
-        if self.config.variance_type != "fixed_large":
-            variance = max(variance * (1 - bar_next) / (1 - bar), 1e-20)
-        std = variance**0.5 if timestep > 0 else 0.0
+        large = 1 - step_alpha
+        small = max(large * (1 - bar_next) / (1 - bar), 1e-20)
+        between = (math.log(small), math.log(large)) if self.learned_variance else ()
+        deviations = {"fixed_large": large**0.5, "learned_range": 1.0}  # of the latter the noise has its own
+        std = deviations.get(self.config.variance_type, small**0.5) if timestep > 0 else 0.0
         x0 = denoised_from(self.config.prediction_type, bar**0.5, (1 - bar) ** 0.5)
         keep = step_alpha**0.5 * (1 - bar_next) / (1 - bar)
-        swap = bar_next**0.5 * (1 - step_alpha) / (1 - bar)
+        swap = bar_next**0.5 * large / (1 - bar)
         if self.config.clip_sample:
-            return (keep, 0.0, swap, std, *x0)
-        return affine_row(x0, sample=keep, denoised=swap, noise=std)
+            return (keep, 0.0, swap, std, *x0, *between)
+        return (*affine_row(x0, sample=keep, denoised=swap, noise=std), *between)
 
     def step(
         self,
-        model_output: Tensor,  # [B, ...]
+        model_output: Tensor,  # [B, ...], [B, 2C, ...] with a learned variance
         timestep: int | Tensor,
         sample: Tensor,  # [B, ...]
         generator: Generator = None,

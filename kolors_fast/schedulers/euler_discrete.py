@@ -61,13 +61,6 @@ class SigmaScheduler(Scheduler):
             initial_scale=self.init_noise_sigma,
         )
 
-    def _check_timestep(self, timestep: float | Tensor) -> None:
-        integer = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
-        if integer:
-            raise ValueError(
-                f"timestep: expected one of the floating-point scheduler.timesteps, got the integer {int(timestep)}"
-            )
-
 
 class EulerDiscreteScheduler(SigmaScheduler):
     """next = x0 + sigma_next * (x - x0) / sigma (Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 1).

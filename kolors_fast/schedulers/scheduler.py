@@ -28,6 +28,7 @@ class Scheduler(Configured):
 
     order = 1  # model calls per step, read by diffusers' pipelines
     counts_steps = True  # False: the row is found by the timestep's value at every call
+    learned_variance = False  # True: the model predicts [B, 2C, ...], see StepTable
     refused: ClassVar[dict[str, Any]] = {}  # config key -> the only value that is affine and implemented
 
     # subclasses differ in their options:
@@ -38,11 +39,17 @@ class Scheduler(Configured):
     timesteps: Tensor
     sigmas: Tensor  # float32 [N + 1], on the host
 
-    def _prepare(self) -> None:
-        """Check the config and compute the training schedule."""
+    def _begin(self) -> None:
+        """Check the config; no run is chosen yet."""
         for key, supported in self.refused.items():
             if self.config[key] != supported:
                 raise ValueError(f"{key}: expected {supported!r}, got {self.config[key]!r}")
+        self.num_inference_steps: int | None = None
+        self._restart()
+
+    def _prepare(self) -> None:
+        """Check the config and compute the training schedule of betas."""
+        self._begin()
         config = self.config
         betas = training_betas(
             config.num_train_timesteps,
@@ -53,10 +60,8 @@ class Scheduler(Configured):
         )
         self.betas = betas
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)  # float32 [T]
-        self.num_inference_steps: int | None = None
         self._alpha_bar: Array = self.alphas_cumprod.double().numpy()
         self._train_sigmas = training_sigmas(self.alphas_cumprod)
-        self._restart()
 
     def _restart(self) -> None:
         """Forget the position in the run and everything computed for the previous timesteps."""
@@ -97,6 +102,14 @@ class Scheduler(Configured):
             raise ValueError(f"timestep: expected one of scheduler.timesteps, got {float(timestep)}")
         return int(found[1 if len(found) > 1 else 0])
 
+    def _check_timestep(self, timestep: float | Tensor) -> None:
+        """For classes whose timesteps are fractional, so that an integer is likely to be a position."""
+        integer = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
+        if integer:
+            raise ValueError(
+                f"timestep: expected one of the floating-point scheduler.timesteps, got the integer {int(timestep)}"
+            )
+
     def _position(self, timestep: float | Tensor) -> int:
         if not self.counts_steps:
             return self.index_for_timestep(timestep)
@@ -117,10 +130,12 @@ class Scheduler(Configured):
         **options: Any,
     ) -> StepOutput:
         """Run the row of `timestep`; `options` go to `step_table`."""
-        if model_output.shape != sample.shape:
-            raise ValueError(
-                f"model_output: expected the sample's shape {tuple(sample.shape)}, got {tuple(model_output.shape)}"
-            )
+        expected, given = tuple(sample.shape), tuple(model_output.shape)
+        if self.learned_variance:
+            expected = (expected[0], 2 * expected[1], *expected[2:])
+        if given != expected:
+            meaning = "twice the sample's channels" if self.learned_variance else "the sample's shape"
+            raise ValueError(f"model_output: expected {meaning} {expected}, got {given}")
         index = self._position(timestep)
         key = (self._started_at, *sorted(options.items()))
         if key not in self._tables:

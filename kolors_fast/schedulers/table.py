@@ -24,11 +24,17 @@ class StepTable:
 
     `previous` is the denoised of the step before (multistep samplers); where `clip` is set it is this step's own
     denoised, clamped to [-clip, clip], and `next` is affine in that.
+
+    Where the variance is learned, a row ends with two log variances, low and high; predictions [P * B, 2C, ...] are
+    C channels as above, then C channels v, where from low (-1) to high (1) the log variance lies. Noise is first
+    multiplied by its deviation, that of the last of the P predictions, for guidance does not push it:
+
+        noise = noise * exp(((1 - v) low + (1 + v) high) / 4)
     """
 
     timesteps: Tensor  # [N], float32 or int64: what the model is told
     input_scale: tuple[float, ...]  # [N], the model sees sample * input_scale
-    coefficients: Tensor  # [N, 6] float64
+    coefficients: Tensor  # [N, 6] float64, or [N, 8] with the log variances between which one is learned
     needs_noise: tuple[bool, ...]  # [N], a draw is made, even where c3 is 0, so that generators advance as in diffusers
     initial_scale: float  # standard deviation of the first sample
     noise_dtype: torch.dtype | None = None  # None: the sample's dtype
@@ -39,8 +45,12 @@ class StepTable:
     def __len__(self) -> int:
         return len(self.coefficients)
 
+    @property
+    def learned_variance(self) -> bool:
+        return self.coefficients.shape[1] == 8
+
     def coefficients_on(self, device: torch.device) -> Tensor:
-        """The coefficients as float32 [N, 6] on `device`, copied there once."""
+        """The coefficients as float32 [N, 6 or 8] on `device`, copied there once."""
         if device not in self._moved:
             self._moved[device] = self.coefficients.to(device=device, dtype=torch.float32)
         return self._moved[device]
@@ -49,7 +59,7 @@ class StepTable:
         self,
         index: int,
         sample: Tensor,  # [B, ...]
-        predictions: Tensor,  # [P * B, ...]
+        predictions: Tensor,  # [P * B, ...], [P * B, 2C, ...] with a learned variance
         weights: Tensor,  # [P] or [P, B] float32
         *,
         previous: Tensor | None = None,  # [B, ...]
@@ -64,7 +74,7 @@ class StepTable:
 
     def advance_from(
         self,
-        coefficients: Tensor,  # [6], or [N, 6] with row
+        coefficients: Tensor,  # [6 or 8], or [N, 6 or 8] with row
         row: Tensor | None,  # int64 [1], which the host does not read
         sample: Tensor,
         predictions: Tensor,
@@ -89,6 +99,15 @@ class StepTable:
                 for i in range(len(sample))
             ]
             return torch.cat([after for after, _ in items]), torch.cat([denoised for _, denoised in items])
+        if self.learned_variance:
+            coefficients, between = coefficients[..., :6], coefficients[..., 6:]
+            if predictions.shape[1] != 2 * sample.shape[1]:
+                wanted = f"{2 * sample.shape[1]} channels, noise and variance"
+                raise ValueError(f"predictions: expected {wanted}, got {predictions.shape[1]}")
+            predictions, position = predictions.chunk(2, dim=1)
+            if noise is not None:
+                between = between if row is None else between.index_select(0, row)[0]
+                noise = noise * learned_deviation(position[-len(sample) :], between)
         noise = None if noise is None else noise.to(sample.dtype)
         if self.clip is not None:
             _, denoised = guided_step(sample, predictions, weights, coefficients, row=row, return_denoised=True)
@@ -120,6 +139,15 @@ def affine_row(
 ) -> Row:
     """Row of next = sample * x + denoised * x0 + previous * (x0 of the step before) + noise * n."""
     return (sample + denoised * x0[0], denoised * x0[1], previous, noise, *x0)
+
+
+def learned_deviation(position: Tensor, between: Tensor) -> Tensor:
+    """exp(((1 - v) low + (1 + v) high) / 4) in float32, for v [B, C, ...] and the log variances (low, high) [2].
+
+    Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672, equation 15.
+    """
+    share = (position.float() + 1) / 2
+    return torch.exp(0.5 * ((1 - share) * between[0] + share * between[1]))
 
 
 def draw_noise(

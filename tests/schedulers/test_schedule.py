@@ -186,7 +186,7 @@ def test_bad_spacing(name: str) -> None:
         ("DDIMScheduler", "thresholding", True),
         ("DDIMScheduler", "beta_schedule", "sigmoid"),
         ("DDPMScheduler", "thresholding", True),
-        ("DDPMScheduler", "variance_type", "learned_range"),
+        ("DDPMScheduler", "variance_type", "learned"),
         ("DDPMScheduler", "trained_betas", [0.1, 0.2]),
         ("DPMSolverMultistepScheduler", "thresholding", True),
         ("DPMSolverMultistepScheduler", "solver_order", 3),
