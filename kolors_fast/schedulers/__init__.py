@@ -5,6 +5,7 @@ from .ddpm import DDPMScheduler
 from .dpmsolver_multistep import DPMSolverMultistepScheduler
 from .euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from .euler_discrete import EulerDiscreteScheduler
+from .flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from .scheduler import Scheduler, StepOutput
 from .table import StepTable
 
@@ -14,6 +15,7 @@ __all__ = [
     "DPMSolverMultistepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
     "Scheduler",
     "StepOutput",
     "StepTable",
