@@ -1,4 +1,4 @@
-"""Training: one loop, three objectives, recipes in TOML."""
+"""Training: one loop, an objective per stage, recipes in TOML, a session per system."""
 
 from .config import Recipe, RecipeError, load_recipe
 from .run import export, run, train_command

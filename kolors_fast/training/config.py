@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -83,8 +83,8 @@ class LanguageModelStage(Stage):
 
 
 @dataclass(frozen=True)
-class EpsilonStage(Stage):
-    """Noise prediction on latents of a pool of scenes that is rendered and encoded once."""
+class PoolStage(Stage):
+    """Training on latents of a pool of scenes that is rendered and encoded once."""
 
     scenes: int = 40000
     captions: int = 4  # per scene
@@ -93,6 +93,12 @@ class EpsilonStage(Stage):
     longest: int = 256
     divisor: int = 64  # of the sides
     square_share: float = 0.6  # of the scenes; the others have an aspect ratio between 1:2 and 2:1
+
+
+@dataclass(frozen=True)
+class EpsilonStage(PoolStage):
+    """Noise prediction by Kolors' UNet."""
+
     train_steps: int = 1100  # of the noise schedule
     beta_end: float = 0.014
     caption_dropout: float = 0.1
@@ -107,25 +113,39 @@ class EpsilonStage(Stage):
                 raise RecipeError(f"stage '{self.name}': {key}: expected more than 0, got {getattr(self, key)}")
 
 
-STAGES: dict[str, type[Stage]] = {
-    "autoencoder": AutoencoderStage,
-    "language_model": LanguageModelStage,
-    "epsilon": EpsilonStage,
-}
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """Three models, a tokenizer and the stages that train them. Model tables hold the models' own config values."""
+    """Models of one system and the stages that train them.
+
+    Model tables hold the models' own config values. Where a table names a `pretrained` component (of a bundled model,
+    such as "kolors-tiny/vae", or a folder), it is taken as it is, and other keys change its config.
+    """
+
+    objectives: ClassVar[dict[str, type[Stage]]]  # of its stages, by the name that recipes use
 
     name: str
     seed: int
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class KolorsRecipe(Recipe):
+    """Kolors: an autoencoder, ChatGLM3 and a UNet, all trained from nothing."""
+
+    objectives: ClassVar[dict[str, type[Stage]]] = {
+        "autoencoder": AutoencoderStage,
+        "language_model": LanguageModelStage,
+        "epsilon": EpsilonStage,
+    }
+
     tokenizer: TokenizerRecipe
     vae: dict[str, Any]
     text_encoder: dict[str, Any]
     unet: dict[str, Any]
     scheduler: dict[str, Any]  # of the pipeline that is exported
-    stages: tuple[Stage, ...] = field(default=())
+
+
+SYSTEMS: dict[str, type[Recipe]] = {"kolors": KolorsRecipe}
 
 
 def load_recipe(recipe: str | Path) -> Recipe:
@@ -150,19 +170,23 @@ def load_recipe(recipe: str | Path) -> Recipe:
 def parse_recipe(table: dict[str, Any], where: str) -> Recipe:
     """A recipe from its TOML table; `where` begins every error."""
     table = dict(table)
+    system = table.pop("system", "kolors")
+    recipe = SYSTEMS.get(system) if isinstance(system, str) else None
+    if recipe is None:
+        raise RecipeError(f"{where}: system: expected one of {sorted(SYSTEMS)}, got {system!r}")
     stages = []
     for stage in table.pop("stage", []):
         name = f"{where}: stage '{stage.get('name', '?')}'"
-        kind = STAGES.get(stage.get("objective", ""))
-        if kind is None:
-            raise RecipeError(f"{name}: objective: expected one of {sorted(STAGES)}, got {stage.get('objective')!r}")
-        stages.append(_parse(kind, stage, name))
+        objective = stage.get("objective", "")
+        if objective not in recipe.objectives:
+            raise RecipeError(f"{name}: objective: expected one of {sorted(recipe.objectives)}, got {objective!r}")
+        stages.append(_parse(recipe.objectives[objective], stage, name))
     if not stages:
         raise RecipeError(f"{where}: expected at least one [[stage]], got none")
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names):
         raise RecipeError(f"{where}: stage names: expected each once, got {names}")
-    return _parse(Recipe, {**table, "stages": tuple(stages)}, where)
+    return _parse(recipe, {**table, "stages": tuple(stages)}, where)
 
 
 def _parse(kind: type[T], table: dict[str, Any], where: str) -> T:

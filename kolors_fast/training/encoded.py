@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from kolors_fast.models.chatglm import ChatGLM
+from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 
 MAX_TOKENS = 256  # of a prompt, as in Kolors
+STORED_TOKENS = 64  # longest caption that is kept; the longest of the shapes world has about 45
 ABSENT = -1  # fills ids [M, L] on the right
 _AT_ONCE = 256
 
@@ -21,6 +23,9 @@ class EncodedCaptions:
     states: Tensor  # [total, D] fp16
     starts: Tensor  # [M + 1] int64
     pooled: Tensor  # [M, D] fp16
+
+    def __len__(self) -> int:
+        return len(self.pooled)
 
     def gather(self, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Captions `which` [B] in the form of `ChatGLM.text_features_collapsed`.
@@ -36,6 +41,11 @@ class EncodedCaptions:
         key_bias = torch.where(present, 0.0, float("-inf"))
         key_bias[:, 0] = (MAX_TOKENS + 1 - length).float().log()
         return embeds.masked_fill(~present[..., None], 0.0), key_bias, self.pooled[which].float()
+
+
+def encode_texts(text_encoder: ChatGLM, tokenizer: ChatGLMTokenizer, texts: list[str]) -> EncodedCaptions:
+    """Encode captions of at most STORED_TOKENS tokens."""
+    return encode_captions(text_encoder, torch.stack([_stored(tokenizer.encode(text)) for text in texts]))
 
 
 @torch.no_grad()
@@ -64,3 +74,9 @@ def pad_left(captions: Tensor, pad_id: int = 0) -> tuple[Tensor, Tensor]:
         row[MAX_TOKENS - count :] = caption_ids[:count].long()
         real[MAX_TOKENS - count :] = 1
     return ids, mask
+
+
+def _stored(ids: list[int]) -> Tensor:
+    if len(ids) > STORED_TOKENS:
+        raise ValueError(f"captions: expected at most {STORED_TOKENS} tokens, got {len(ids)}")
+    return torch.tensor(ids + [ABSENT] * (STORED_TOKENS - len(ids)), dtype=torch.int16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ VALIDATION_SEED = 20240706  # the evaluation draws its prompts from seed 0
 SAMPLES = 40
 STEPS = 20
 GUIDANCE = 5.0
+
+Draw = Callable[[list[str], torch.Generator], Tensor]  # prompts -> scaled latents [B, C, h, w]
 
 
 def validation_prompts(count: int = SAMPLES) -> list[HeldOutPrompt]:
@@ -50,34 +53,14 @@ def judge_reconstructions(vae: AutoencoderKL, path: Path, size: tuple[int, int],
 
 @torch.no_grad()
 def judge_prompts(
-    unet: KolorsUNet,
-    vae: AutoencoderKL,
-    text_encoder: ChatGLM,
-    tokenizer: ChatGLMTokenizer,
-    path: Path,
-    *,
-    size: tuple[int, int],
-    train_steps: int,
-    beta_end: float,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    prompts: list[HeldOutPrompt] | None = None,
+    draw: Draw, vae: AutoencoderKL, path: Path, prompts: list[HeldOutPrompt] | None = None
 ) -> dict[str, float]:
-    """Draw the validation prompts and let the oracle judge; the pictures go to `path`."""
+    """Draw prompts (None: those of validation) and let the oracle judge; the pictures go to `path`."""
     prompts = prompts or validation_prompts()
-    scheduler = EulerDiscreteScheduler(
-        num_train_timesteps=train_steps,
-        beta_start=0.00085,
-        beta_end=beta_end,
-        beta_schedule="scaled_linear",
-        timestep_spacing="leading",
-        steps_offset=1,
-    )
     generator = torch.Generator().manual_seed(VALIDATION_SEED)
     drawn = []
     for start in range(0, len(prompts), 20):
-        texts = [one.prompt for one in prompts[start : start + 20]]
-        latents = sample(unet, text_encoder, tokenizer, scheduler, texts, size, steps, guidance, generator)
+        latents = draw([one.prompt for one in prompts[start : start + 20]], generator)
         drawn.append(to_pictures(vae.decode(latents / vae.config.scaling_factor)[0]))
     pictures = np.concatenate(drawn)
     verdicts = [judge(picture, one.request) for picture, one in zip(pictures, prompts, strict=True)]
@@ -91,18 +74,29 @@ def judge_prompts(
     return figures
 
 
+@torch.no_grad()
 def sample(
     unet: KolorsUNet,
     text_encoder: ChatGLM,
     tokenizer: ChatGLMTokenizer,
-    scheduler: EulerDiscreteScheduler,
     texts: list[str],
-    size: tuple[int, int],
-    steps: int,
-    guidance: float,
     generator: torch.Generator,
+    *,
+    size: tuple[int, int],
+    train_steps: int,
+    beta_end: float,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
 ) -> Tensor:
     """Scaled latents [B, C, h, w] for the texts, with classifier-free guidance against the empty text."""
+    scheduler = EulerDiscreteScheduler(
+        num_train_timesteps=train_steps,
+        beta_start=0.00085,
+        beta_end=beta_end,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
     count, side = len(texts), unet.config.in_channels
     embeds, key_bias, pooled = text_encoder.text_features_collapsed(*encode(tokenizer, [""] * count + texts))
     sizes = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).expand(2 * count, -1)

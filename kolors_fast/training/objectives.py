@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 from kolors_fast.models.unet import KolorsUNet
 
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage
-from .monitor import encode, judge_prompts, judge_reconstructions, validation_prompts
+from .monitor import encode, judge_prompts, judge_reconstructions, sample, validation_prompts
 from .pool import LatentPool
 from .streams import Streams
 
@@ -255,17 +256,16 @@ class EpsilonObjective:
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         assert isinstance(averaged, KolorsUNet)
-        side = self.stage.area
-        return judge_prompts(
+        draw = partial(
+            sample,
             averaged,
-            self.vae,
             self.text_encoder,
             self.tokenizer,
-            folder / f"{step:06d}.png",
-            size=(side, side),
+            size=(self.stage.area, self.stage.area),
             train_steps=self.stage.train_steps,
             beta_end=self.stage.beta_end,
         )
+        return judge_prompts(draw, self.vae, folder / f"{step:06d}.png")
 
 
 def draw_timesteps(count: int, train_steps: int, power: float, falloff: float, generator: torch.Generator) -> Tensor:

@@ -1,10 +1,14 @@
-"""A pool of scenes with captions, all encoded once, so that a step of the UNet's training costs only the UNet."""
+"""A pool of scenes with captions, all encoded once, so that a step of a denoiser's training costs only the denoiser.
+
+Latents are those of the autoencoder; captions are encoded by the system's own text encoders.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,18 +18,25 @@ from tqdm import tqdm
 
 from kolors_fast.data.shapes import Scene, caption, render, sample_training
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
-from kolors_fast.models.chatglm import ChatGLM
-from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 
 from .buckets import Size, epoch_batches, make_buckets, nearest_bucket
-from .config import EpsilonStage
-from .encoded import ABSENT, EncodedCaptions, encode_captions
+from .config import PoolStage
 from .streams import Streams
 
-STORED_TOKENS = 64  # longest caption that is kept; the longest of the shapes world has about 45
 _ENCODED_PIXELS = 16 * 256 * 256  # at a time
-_PARTS = tuple(part.name for part in fields(EncodedCaptions))
 _EPOCH_STREAM = 2**30  # steps of this stream count epochs
+
+
+class Captions(Protocol):
+    """M encoded captions: a dataclass of tensors, which are what a pool's file holds."""
+
+    def __len__(self) -> int: ...
+
+    def gather(self, which: Tensor) -> Any:
+        """Captions `which` [B] as the system's denoiser reads them."""
+
+
+Encode = Callable[[list[str]], Any]  # texts -> Captions of one kind
 
 
 @dataclass(frozen=True)
@@ -34,11 +45,11 @@ class Bucket:
 
     size: Size  # height, width
     latents: Tensor  # [N, C, h, w] fp16, scaled to about unit variance
-    captions: EncodedCaptions  # each item's in turn, and at the end the empty one
+    captions: Captions  # each item's in turn, and at the end the empty one
 
-    def texts(self, items: Tensor, choice: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """embeds, key_bias and pooled of one caption of each item [B]; the empty one where it is dropped."""
-        empty = len(self.captions.pooled) - 1
+    def texts(self, items: Tensor, choice: Tensor, dropped: Tensor) -> Any:
+        """What the denoiser reads of one caption of each item [B]; of the empty one where it is dropped."""
+        empty = len(self.captions) - 1
         per_item = empty // len(self.latents)
         return self.captions.gather(torch.where(dropped, empty, items * per_item + choice))
 
@@ -66,23 +77,27 @@ class LatentPool:
 
 def build_pool(
     vae: AutoencoderKL,
-    text_encoder: ChatGLM,
-    tokenizer: ChatGLMTokenizer,
-    stage: EpsilonStage,
+    encode: Encode,
+    kind: Callable[..., Captions],
+    stage: PoolStage,
     streams: Streams,
     count: int,
     cache: Path,
 ) -> LatentPool:
-    """A pool of `count` training scenes, read from the file `cache` where it exists, else made and written there."""
+    """A pool of `count` training scenes, read from the file `cache` where it exists, else made and written there.
+
+    Args:
+        encode: makes captions of the dataclass `kind` of texts.
+    """
+    parts = [part.name for part in fields(kind)]  # type: ignore[arg-type]
     if not cache.exists():
         rng = streams.numpy(_EPOCH_STREAM - 1)
         stored: dict[str, Tensor] = {}
         with tqdm(total=count, desc="latents", unit="scene", disable=streams.rank > 0, mininterval=10) as bar:
             for size, scenes in _draw_scenes(stage, count, rng).items():
                 texts = [caption(scene, rng)[0] for scene in scenes for _ in range(stage.captions)]
-                ids = torch.stack([_stored(tokenizer.encode(text)) for text in [*texts, ""]])
-                encoded = encode_captions(text_encoder, ids)
-                stored |= {_key(part, size): getattr(encoded, part) for part in _PARTS}
+                encoded = encode([*texts, ""])
+                stored |= {_key(part, size): getattr(encoded, part) for part in parts}
                 stored[_key("latents", size)] = _encode_all(vae, scenes, size, bar)
         cache.parent.mkdir(parents=True, exist_ok=True)
         scratch = cache.with_name(f".{cache.name}.tmp")
@@ -92,7 +107,7 @@ def build_pool(
     buckets = []
     for size in _sizes(stage):
         if _key("latents", size) in stored:
-            captions = EncodedCaptions(*(stored[_key(part, size)] for part in _PARTS))
+            captions = kind(*(stored[_key(part, size)] for part in parts))
             buckets.append(Bucket(size, stored[_key("latents", size)], captions))
     return LatentPool(buckets, streams)
 
@@ -101,11 +116,11 @@ def _key(part: str, size: Size) -> str:
     return f"{part}.{size[0]}x{size[1]}"
 
 
-def _sizes(stage: EpsilonStage) -> list[Size]:
+def _sizes(stage: PoolStage) -> list[Size]:
     return make_buckets(stage.area**2, stage.shortest, stage.longest, stage.divisor)
 
 
-def _draw_scenes(stage: EpsilonStage, count: int, rng: np.random.Generator) -> dict[Size, list[Scene]]:
+def _draw_scenes(stage: PoolStage, count: int, rng: np.random.Generator) -> dict[Size, list[Scene]]:
     """Training scenes by the size of the bucket they fall into; no bucket is empty."""
     sizes = _sizes(stage)
     scenes: dict[Size, list[Scene]] = {size: [] for size in sizes}
@@ -132,9 +147,3 @@ def encode_scenes(vae: AutoencoderKL, scenes: list[Scene], height: int, width: i
     pictures = np.stack([render(scene, height, width) for scene in scenes])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     return vae.encode(pixels)[0].mode().float() * vae.config.scaling_factor
-
-
-def _stored(ids: list[int]) -> Tensor:
-    if len(ids) > STORED_TOKENS:
-        raise ValueError(f"captions: expected at most {STORED_TOKENS} tokens, got {len(ids)}")
-    return torch.tensor(ids + [ABSENT] * (STORED_TOKENS - len(ids)), dtype=torch.int16)

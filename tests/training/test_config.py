@@ -18,11 +18,12 @@ def table():
 def test_bundled_recipes_load(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert [s.objective for s in recipe.stages] == ["autoencoder", "language_model"] + 4 * ["epsilon"]
 
 
 def test_kolors_phases(table):
-    first, *later = parse_recipe(table, "recipe").stages[2:]
+    stages = parse_recipe(table, "recipe").stages
+    assert [s.objective for s in stages] == ["autoencoder", "language_model"] + 4 * ["epsilon"]
+    first, *later = stages[2:]
     assert isinstance(first, EpsilonStage) and (first.train_steps, first.beta_end) == (1000, 0.012)
     assert first.shortest == first.longest
     for stage in later:  # the second phase: buckets
@@ -70,6 +71,12 @@ def test_wrong_timestep_distribution(table, key):
     table["stage"][2][key] = 0
     with pytest.raises(RecipeError, match=f"{key}: expected more than 0, got 0"):
         parse_recipe(table, "recipe")
+
+
+@pytest.mark.parametrize("system", ["dalle", 3])
+def test_unknown_systems(table, system):
+    with pytest.raises(RecipeError, match=f"recipe: system: expected one of .*'kolors'.*, got {system!r}"):
+        parse_recipe({"system": system, **table}, "recipe")
 
 
 def test_missing_parts(table):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from kolors_fast.models.unet import KolorsUNet
 from kolors_fast.pipelines.kolors import KolorsPipeline
 from kolors_fast.training import export, run
 from kolors_fast.training.config import load_recipe
-from kolors_fast.training.encoded import ABSENT, encode_captions, pad_left
+from kolors_fast.training.encoded import ABSENT, EncodedCaptions, encode_captions, encode_texts, pad_left
+from kolors_fast.training.kolors import KolorsSession
 from kolors_fast.training.monitor import validation_prompts
 from kolors_fast.training.parallel import World
 from kolors_fast.training.pool import build_pool
-from kolors_fast.training.run import PIPELINE, Session, train_command
+from kolors_fast.training.run import train_command
 from kolors_fast.training.streams import Streams
 from kolors_fast.training.trainer import Trainer, computing_in
 
@@ -122,7 +124,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_result_is_a_pipeline(folder):
-    pipeline = KolorsPipeline.from_pretrained(folder / "out" / PIPELINE)
+    pipeline = KolorsPipeline.from_pretrained(folder / "out" / "pipeline")
     images = pipeline("红色圆形", height=64, width=64, num_inference_steps=2, guidance_scale=2.0).images
     assert images[0].size == (64, 64)
     assert pipeline.vae.config.scaling_factor != 0.18215  # measured
@@ -132,7 +134,7 @@ def test_the_result_is_a_pipeline(folder):
 
 def test_export_is_the_same_in_half_precision(folder, tmp_path):
     export(folder / "out", tmp_path / "assets")
-    full = KolorsUNet.from_pretrained(folder / "out" / PIPELINE, subfolder="unet")
+    full = KolorsUNet.from_pretrained(folder / "out" / "pipeline", subfolder="unet")
     half = KolorsUNet.from_pretrained(tmp_path / "assets", subfolder="unet", torch_dtype=torch.float16)
     for a, b in zip(full.parameters(), half.parameters(), strict=True):
         assert torch.equal(a.half(), b)
@@ -142,7 +144,7 @@ def test_export_is_the_same_in_half_precision(folder, tmp_path):
 
 
 def test_a_finished_run_is_left_alone(folder):
-    weights = folder / "out" / PIPELINE / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = folder / "out" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     before = weights.stat().st_mtime_ns
     run(folder / "miniature.toml", folder / "out")
     assert weights.stat().st_mtime_ns == before
@@ -155,11 +157,12 @@ def test_unknown_stages_are_refused(folder):
 
 def test_pool(folder, tmp_path):
     recipe = load_recipe(folder / "miniature.toml")
-    session = Session(recipe, folder / "out", World())
+    session = KolorsSession(recipe, folder / "out", World())
     stage = replace(recipe.stages[3], scenes=30)
-    pipeline = KolorsPipeline.from_pretrained(folder / "out" / PIPELINE)
-    models = pipeline.vae, pipeline.text_encoder, session.tokenizer
-    pool = build_pool(*models, stage, Streams(0, "q"), 30, tmp_path / "pool.safetensors")
+    pipeline = KolorsPipeline.from_pretrained(folder / "out" / "pipeline")
+    encode = partial(encode_texts, pipeline.text_encoder, session.tokenizer)
+    arguments = pipeline.vae, encode, EncodedCaptions, stage, Streams(0, "q"), 30, tmp_path / "pool.safetensors"
+    pool = build_pool(*arguments)
     assert sum(len(bucket.latents) for bucket in pool.buckets) == 30
     for bucket in pool.buckets:
         height, width = bucket.size
@@ -173,7 +176,7 @@ def test_pool(folder, tmp_path):
     for step in range(14):
         bucket, items = pool.batch(step, 2)
         seen.setdefault(bucket.size, []).extend(items.tolist())
-    again = build_pool(*models, stage, Streams(0, "q"), 30, tmp_path / "pool.safetensors")
+    again = build_pool(*arguments)
     bucket, items = again.batch(13, 2)
     assert (bucket.size, items.tolist()) == ((pool.batch(13, 2)[0].size), pool.batch(13, 2)[1].tolist())
 
@@ -190,7 +193,7 @@ def stored(tokenizer):
 
 
 def test_captions_are_padded_as_the_tokenizer_does(folder):
-    tokenizer = Session(load_recipe(folder / "miniature.toml"), folder / "out", World()).tokenizer
+    tokenizer = KolorsSession(load_recipe(folder / "miniature.toml"), folder / "out", World()).tokenizer
     ids, mask = pad_left(stored(tokenizer), tokenizer.pad_token_id)
     expected = tokenizer(TEXTS, padding="max_length", max_length=256)
     assert torch.equal(ids, expected["input_ids"])
@@ -199,7 +202,7 @@ def test_captions_are_padded_as_the_tokenizer_does(folder):
 
 @torch.no_grad()
 def test_stored_captions_are_what_the_text_encoder_says(folder):
-    pipeline = KolorsPipeline.from_pretrained(folder / "out" / PIPELINE)
+    pipeline = KolorsPipeline.from_pretrained(folder / "out" / "pipeline")
     with computing_in("bf16"):  # as the trainer does around the autoencoder; captions keep their precision
         encoded = encode_captions(pipeline.text_encoder, stored(pipeline.tokenizer))
     which = torch.tensor([2, 0, 3, 1])
