@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .models.autoencoder_kl import AutoencoderKL
     from .models.chatglm import ChatGLM
     from .models.chatglm_tokenizer import ChatGLMTokenizer
+    from .models.mmdit import MMDiT
+    from .models.pixart import PixArtTransformer
     from .models.unet import KolorsUNet
     from .ops import explain, use_backend
     from .pipelines.kolors import KolorsPipeline
@@ -28,6 +30,8 @@ _HOME = {
     "ChatGLMTokenizer": "models.chatglm_tokenizer",
     "KolorsPipeline": "pipelines.kolors",
     "KolorsUNet": "models.unet",
+    "MMDiT": "models.mmdit",
+    "PixArtTransformer": "models.pixart",
     "explain": "ops",
     "nvtx_ranges": "ranges",
     "use_backend": "ops",
@@ -37,6 +41,8 @@ _HOME = {
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022  (models first)
     "KolorsUNet",
+    "MMDiT",
+    "PixArtTransformer",
     "AutoencoderKL",
     "ChatGLM",
     "ChatGLMTokenizer",
