@@ -133,7 +133,7 @@ def _load(options: argparse.Namespace, pictures: int = 1) -> Any:
             raise ValueError("--memory-limit: expected none with --compare-reference, which takes more memory")
         plan = plan_memory(
             options.memory_limit,
-            load_configs(options.model),
+            load_configs(options.model, KolorsPipeline.parts),
             height=options.height,
             width=options.width,
             pictures=pictures,

@@ -21,7 +21,7 @@ from torch import nn
 from .models import attention, autoencoder_kl, autoencoder_kl_tiles, chatglm, layers, unet_blocks
 from .models.unet import KolorsUNet
 from .ops._operator import Operator
-from .pipelines import kolors
+from .pipelines import kolors, pipeline
 
 DOMAIN = "kolors_fast"
 BLOCKS = (
@@ -83,8 +83,8 @@ class nvtx_ranges:
 
 def _install() -> None:
     _swap(kolors.KolorsPipeline, "_read", _ranged("text encoding"))
-    _swap(kolors.KolorsPipeline, "_decode", _ranged("decode"))
-    _swap(kolors, "denoise", _step_by_step)
+    _swap(pipeline.Pipeline, "_decode", _ranged("decode"))
+    _swap(pipeline, "denoise", _step_by_step)
     for model, method, name in MODELS:
         _swap(model, method, _ranged(name, _learn_names))
     for block in BLOCKS:  # their __call__, which subclasses inherit and no forward calls

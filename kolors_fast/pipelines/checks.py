@@ -13,18 +13,7 @@ from torch import Tensor, nn
 from ..schedulers import Scheduler
 from .images import OUTPUT_TYPES
 
-MAX_TEXT = 256  # tokens that the UNet was trained with
-MIN_TEXT = 2  # [gMASK] and sop
-# what a callback may read and replace, by diffusers' names
-CALLBACK_TENSORS = (
-    "latents",
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "add_text_embeds",
-    "add_time_ids",
-    "negative_pooled_prompt_embeds",
-    "negative_add_time_ids",
-)
+MAX_TEXT = 256  # tokens that Kolors' UNet was trained with
 
 
 def expect(condition: bool, name: str, expected: str, got: Any) -> None:
@@ -38,8 +27,8 @@ def whole(value: Any) -> bool:
 
 
 def check_size(height: Any, width: Any, factor: int) -> None:
-    """Sides must be multiples of 8, as in diffusers, and of the autoencoder's own factor."""
-    unit = max(8, factor)  # both powers of two
+    """Sides must be multiples of 8, as in diffusers, and of `factor`, a power of two: pixels that cannot be parted."""
+    unit = max(8, factor)
     for name, value in (("height", height), ("width", width)):
         expect(whole(value) and value > 0 and value % unit == 0, name, f"a positive multiple of {unit}", repr(value))
 
@@ -93,21 +82,24 @@ def check_embeds(
         expect(same, "negative_prompt_embeds", shape, _shape(negative_prompt_embeds))
 
 
-def check_dtype(name: str, value: Tensor, unet: nn.Module) -> None:
-    expect(value.dtype == unet.dtype, name, f"the dtype of the unet, {unet.dtype}", value.dtype)
+def check_dtype(name: str, value: Tensor, denoiser_name: str, denoiser: nn.Module) -> None:
+    expect(value.dtype == denoiser.dtype, name, f"the dtype of the {denoiser_name}, {denoiser.dtype}", value.dtype)
 
 
 def check_choices(
-    steps: Any, repeats: Any, max_sequence_length: Any, output_type: Any, callback_names: Sequence[str]
+    steps: Any, repeats: Any, output_type: Any, callback_names: Sequence[str], known: Sequence[str]
 ) -> None:
+    """`known`: what a callback may read and replace, by diffusers' names."""
     expect(whole(steps) and steps >= 1, "num_inference_steps", "a whole number from 1", repr(steps))
     expect(whole(repeats) and repeats >= 1, "num_images_per_prompt", "a whole number from 1", repr(repeats))
-    tokens = max_sequence_length
-    fits = whole(tokens) and MIN_TEXT <= tokens <= MAX_TEXT
-    expect(fits, "max_sequence_length", f"{MIN_TEXT} to {MAX_TEXT}", repr(tokens))
     expect(output_type in OUTPUT_TYPES, "output_type", f"one of {', '.join(OUTPUT_TYPES)}", repr(output_type))
-    unknown = [name for name in callback_names if name not in CALLBACK_TENSORS]
-    expect(not unknown, "callback_on_step_end_tensor_inputs", f"some of {', '.join(CALLBACK_TENSORS)}", unknown)
+    unknown = [name for name in callback_names if name not in known]
+    expect(not unknown, "callback_on_step_end_tensor_inputs", f"some of {', '.join(known)}", unknown)
+
+
+def check_tokens(max_sequence_length: Any, shortest: int, longest: int) -> None:
+    fits = whole(max_sequence_length) and shortest <= max_sequence_length <= longest
+    expect(fits, "max_sequence_length", f"{shortest} to {longest}", repr(max_sequence_length))
 
 
 def check_unsupported(**arguments: Any) -> None:
@@ -120,11 +112,7 @@ def check_latents(latents: Tensor, shape: Sequence[int]) -> None:
     expect(bool(torch.isfinite(latents).all()), "latents", "finite values", "NaN or infinity")
 
 
-def check_components(unet: nn.Module, text_encoder: nn.Module, vae: nn.Module, scheduler: Any) -> None:
-    """The text encoder and the UNet exchange tensors; the autoencoder's dtype is its own."""
-    for name, other in (("text_encoder", text_encoder), ("vae", vae)):
-        expect(other.device == unet.device, name, f"the device of the unet, {unet.device}", other.device)
-    expect(text_encoder.dtype == unet.dtype, "text_encoder", f"the dtype of the unet, {unet.dtype}", text_encoder.dtype)
+def check_scheduler(scheduler: Any) -> None:
     own = "one of kolors_fast.schedulers, made by from_config(scheduler.config)"
     expect(isinstance(scheduler, Scheduler), "scheduler", own, type(scheduler).__module__)
 

@@ -5,77 +5,126 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import schedulers
 from ..assets import BUNDLED, bundled
-from ..models.autoencoder_kl import AutoencoderKL
-from ..models.chatglm import ChatGLM
-from ..models.chatglm_tokenizer import ChatGLMTokenizer
 from ..models.checkpoint import CheckpointError, Config, PretrainedModel, model_folder, read_json, write_file
-from ..models.unet import KolorsUNet
+from .text_encoders import (
+    TEXT_ENCODERS,
+    TOKENIZERS,
+    load_text_encoder,
+    load_tokenizer,
+    save_text_encoder,
+    save_tokenizer,
+)
 
 INDEX = "model_index.json"
-# component -> (library that model_index.json names, the class's name there, our class)
-COMPONENTS: dict[str, tuple[str, str, Any]] = {
-    "vae": ("diffusers", "AutoencoderKL", AutoencoderKL),
-    "text_encoder": ("kolors", "ChatGLMModel", ChatGLM),
-    "tokenizer": ("kolors", "ChatGLMTokenizer", ChatGLMTokenizer),
-    "unet": ("diffusers", "UNet2DConditionModel", KolorsUNet),
-}
 
 
-def load_configs(path_or_id: str | os.PathLike[str]) -> dict[str, Config]:
-    """The configs of the models of a pipeline's folder, by component."""
+class Part(NamedTuple):
+    """A component of a pipeline."""
+
+    library: str  # that model_index.json names
+    classes: tuple[str, ...]  # known there; the first is written
+    ours: Any = None  # our class; None: transformers' own, by the name in the index
+    optional: bool = False  # may be [null, null] there
+
+
+class Loaded(NamedTuple):
+    components: dict[str, Any]  # the constructor's arguments, by name
+    options: dict[str, Any]  # model_index.json
+
+
+def load_index(path_or_id: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
+    """model_index.json of a folder, a Hub id or a bundled model, and where it lies."""
+    index_file = model_folder(_resolved(path_or_id), None, [INDEX]) / INDEX
+    return read_json(index_file), index_file
+
+
+def load_configs(path_or_id: str | os.PathLike[str], parts: Mapping[str, Part]) -> dict[str, Config]:
+    """The configs of our models in a pipeline's folder, by component."""
     path_or_id = _resolved(path_or_id)
-    models = {name: kind for name, (_, _, kind) in COMPONENTS.items() if kind is not ChatGLMTokenizer}
+    models = {name: part.ours for name, part in parts.items() if _is_model(part)}
     return {name: kind.load_config(path_or_id, subfolder=name) for name, kind in models.items()}
 
 
 def load_components(
     path_or_id: str | os.PathLike[str],
+    parts: Mapping[str, Part],
     torch_dtype: torch.dtype | None,
     variant: str | None,
     device: torch.device | str | None = None,
-    quantization: str | None = None,
     *,
+    given: Mapping[str, Any] | None = None,
+    prepare: Mapping[str, Callable[[Any], Any]] | None = None,
     with_weights: bool = True,
-) -> dict[str, Any]:
-    """The constructor arguments of a pipeline, from a folder, a Hub id or the name of a bundled model.
+) -> Loaded:
+    """The components of a pipeline, from a folder, a Hub id or the name of a bundled model.
 
-    Without weights, the models are empty, to be filled by `load_weights`.
+    Args:
+        given: components taken as they are.
+        prepare: what to do to an empty model of ours before its weights are read, by component.
+        with_weights: False leaves our models empty, to be filled by `load_weights`.
     """
     path_or_id = _resolved(path_or_id)
-    index_file = model_folder(path_or_id, None, [INDEX]) / INDEX
-    index = read_json(index_file)
-    loaded: dict[str, Any] = {}
-    for name, (_, theirs, ours) in COMPONENTS.items():
-        named = _class_named(index, name, index_file)
-        if named not in (theirs, ours.__name__):
-            raise CheckpointError(f"{index_file}: {name}: expected the class {theirs}, got {named}")
-        if ours is ChatGLMTokenizer:
-            loaded[name] = ours.from_pretrained(path_or_id, subfolder=name)
+    index, index_file = load_index(path_or_id)
+    loaded = dict(given or {})
+    for name in loaded:
+        if name not in parts and name != "scheduler":
+            raise ValueError(f"{name}: expected a component, one of {', '.join([*parts, 'scheduler'])}, got no such")
+    for name, part in parts.items():
+        if name in loaded:
             continue
-        loaded[name] = ours.empty(ours.load_config(path_or_id, subfolder=name), torch_dtype)
-        if ours is ChatGLM and quantization is not None:
-            loaded[name].quantize_(quantization)
+        if part.optional and index.get(name, [None, None])[1] is None:
+            loaded[name] = None
+            continue
+        named = _class_named(index, name, index_file)
+        if named not in part.classes and named != getattr(part.ours, "__name__", None):
+            raise CheckpointError(f"{index_file}: {name}: expected the class {part.classes[0]}, got {named}")
+        if not _is_model(part):
+            loaded[name] = _load_other(part, path_or_id, name, named, torch_dtype, variant, device)
+            continue
+        loaded[name] = part.ours.empty(part.ours.load_config(path_or_id, subfolder=name), torch_dtype)
+        if prepare is not None and name in prepare:
+            prepare[name](loaded[name])
         if with_weights:
             loaded[name].load_weights(path_or_id, subfolder=name, variant=variant, device=device)
+    if "scheduler" not in loaded:
+        loaded["scheduler"] = _load_scheduler(path_or_id, index, index_file)
+    for name in ("image_encoder", "feature_extractor"):
+        if index.get(name, [None, None])[1] is not None:
+            warnings.warn(f"{index_file}: {name} is not loaded, for image prompts are not supported", stacklevel=3)
+    return Loaded(loaded, index)
+
+
+def _load_other(
+    part: Part,
+    path_or_id: str | os.PathLike[str],
+    name: str,
+    named: str,
+    torch_dtype: torch.dtype | None,
+    variant: str | None,
+    device: torch.device | str | None,
+) -> Any:
+    if part.ours is not None:
+        return part.ours.from_pretrained(path_or_id, subfolder=name)  # a tokenizer
+    if named in TOKENIZERS:
+        return load_tokenizer(path_or_id, name, named)
+    return load_text_encoder(path_or_id, name, named, torch_dtype, variant, device)
+
+
+def _load_scheduler(path_or_id: str | os.PathLike[str], index: dict[str, Any], index_file: Path) -> Any:
     named = _class_named(index, "scheduler", index_file)
     kind = getattr(schedulers, named, None) if named in schedulers.__all__ else None
     if kind is None:
         known = [name for name in schedulers.__all__ if name.endswith("Scheduler") and name != "Scheduler"]
         raise CheckpointError(f"{index_file}: scheduler: expected one of {', '.join(known)}, got {named}")
-    loaded["scheduler"] = kind.from_pretrained(path_or_id, subfolder="scheduler")
-    for name in ("image_encoder", "feature_extractor"):
-        if index.get(name, [None, None])[1] is not None:
-            warnings.warn(f"{index_file}: {name} is not loaded, for image prompts are not supported", stacklevel=3)
-    loaded["force_zeros_for_empty_prompt"] = bool(index.get("force_zeros_for_empty_prompt", False))
-    return loaded
+    return kind.from_pretrained(path_or_id, subfolder="scheduler")
 
 
 def weights_loader(
@@ -89,21 +138,40 @@ def weights_loader(
     return load
 
 
-def save_components(pipeline: Any, folder: str | os.PathLike[str], variant: str | None) -> None:
+def save_components(
+    folder: str | os.PathLike[str],
+    class_name: str,
+    parts: Mapping[str, Part],
+    components: Mapping[str, Any],
+    options: Mapping[str, Any],
+    variant: str | None,
+) -> None:
     """Write every component, then model_index.json, so that a folder with an index is complete."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    index: dict[str, Any] = {"_class_name": "KolorsPipeline", "_diffusers_version": "0.30.0"}
-    for name, (library, theirs, _) in COMPONENTS.items():
-        component = getattr(pipeline, name)
-        weights = {} if name == "tokenizer" else {"variant": variant}
-        component.save_pretrained(target / name, **weights)
-        index[name] = [library, theirs]
-    pipeline.scheduler.save_pretrained(target / "scheduler")
-    index["scheduler"] = ["diffusers", type(pipeline.scheduler).__name__]
+    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": "0.30.0"}
+    for name, part in parts.items():
+        component = components[name]
+        if component is None:
+            index[name] = [None, None]
+            continue
+        index[name] = [part.library, part.classes[0] if part.ours is not None else type(component).__name__]
+        if _is_model(part):
+            component.save_pretrained(target / name, variant=variant)
+        elif part.ours is not None:
+            component.save_pretrained(target / name)
+        elif index[name][1] in TEXT_ENCODERS:
+            save_text_encoder(component, target / name, variant=variant)
+        else:
+            save_tokenizer(component, target / name)
+    components["scheduler"].save_pretrained(target / "scheduler")
+    index["scheduler"] = ["diffusers", type(components["scheduler"]).__name__]
     index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
-    index["force_zeros_for_empty_prompt"] = pipeline.config.force_zeros_for_empty_prompt
-    write_file(target / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    write_file(target / INDEX, (json.dumps({**index, **options}, indent=2) + "\n").encode())
+
+
+def _is_model(part: Part) -> bool:
+    return isinstance(part.ours, type) and issubclass(part.ours, PretrainedModel)
 
 
 def _resolved(path_or_id: str | os.PathLike[str]) -> str | os.PathLike[str]:

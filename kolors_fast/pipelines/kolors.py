@@ -2,50 +2,43 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import savings
 from ..models.autoencoder_kl import AutoencoderKL
 from ..models.chatglm import ChatGLM
 from ..models.chatglm_tokenizer import ChatGLMTokenizer
-from ..models.checkpoint import Config
-from ..models.unet import KolorsUNet, lora_scale
-from ..sampling.denoise import denoise
-from ..sampling.graphs import StepGraphs
+from ..models.lora import lora_scale
+from ..models.unet import KolorsUNet
+from ..models.unet_conditioning import Prompt
 from ..schedulers import Scheduler, StepTable
-from ..schedulers.table import draw_noise
 from .checks import (
-    CALLBACK_TENSORS,
     MAX_TEXT,
     check_choices,
-    check_components,
     check_dtype,
     check_embeds,
     check_guidance,
-    check_latents,
     check_prompts,
     check_size,
+    check_tokens,
     check_unsupported,
     expect,
 )
-from .folder import load_components, load_configs, save_components, weights_loader
-from .images import to_pictures
+from .folder import Part, load_components, load_configs, weights_loader
 from .memory import Plan, Turns, plan_memory
+from .pipeline import Generator, Pipeline, Size
 from .run import Run
 from .text import Text, TextFeatures, read_guided
 
 Self = TypeVar("Self", bound="KolorsPipeline")
-Size = tuple[int, int]
-Generator = torch.Generator | list[torch.Generator] | None
+MIN_TEXT = 2  # [gMASK] and sop
 
 
 class KolorsPipelineOutput(NamedTuple):
@@ -54,7 +47,7 @@ class KolorsPipelineOutput(NamedTuple):
     images: list[Image.Image] | np.ndarray | Tensor  # by output_type, see `to_pictures`; "latent": [B, C, h, w]
 
 
-class KolorsPipeline:
+class KolorsPipeline(Pipeline):
     """Prompt to picture: ChatGLM3 reads, the UNet denoises, the autoencoder decodes.
 
     Arguments, their order and their defaults are those of diffusers' KolorsPipeline; image prompts are not supported.
@@ -66,7 +59,27 @@ class KolorsPipeline:
     Source: Kwai-Kolors/Kolors; Podell et al., "SDXL", 2023 (micro-conditioning).
     """
 
-    _callback_tensor_inputs: ClassVar = list(CALLBACK_TENSORS)  # the name that diffusers' callbacks read
+    parts: ClassVar = {
+        "vae": Part("diffusers", ("AutoencoderKL",), AutoencoderKL),
+        "text_encoder": Part("kolors", ("ChatGLMModel",), ChatGLM),
+        "tokenizer": Part("kolors", ("ChatGLMTokenizer",), ChatGLMTokenizer),
+        "unet": Part("diffusers", ("UNet2DConditionModel",), KolorsUNet),
+    }
+    index_name = "KolorsPipeline"
+    denoiser_name = "unet"
+    _callback_tensor_inputs: ClassVar = [
+        "latents",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "add_text_embeds",
+        "add_time_ids",
+        "negative_pooled_prompt_embeds",
+        "negative_add_time_ids",
+    ]
+
+    text_encoder: ChatGLM
+    tokenizer: ChatGLMTokenizer
+    unet: KolorsUNet
 
     def __init__(
         self,
@@ -77,21 +90,10 @@ class KolorsPipeline:
         scheduler: Scheduler,
         force_zeros_for_empty_prompt: bool = False,
     ) -> None:
-        self.vae = vae
-        self.text_encoder = text_encoder
-        self.tokenizer = tokenizer
-        self.unet = unet
-        self.scheduler = scheduler
-        self.config = Config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.default_sample_size = unet.config.sample_size
-        self._progress: dict[str, Any] = {}
-        self._guidance_scale: float | Sequence[float] = 1.0
-        self._num_timesteps = 0
-        self._interrupt = False
-        self._graphs: StepGraphs | None = None
-        self._turns: Turns | None = None
-        self.memory_plan: Plan | None = None
+        components = {
+            "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler,
+        }  # fmt: skip
+        super().__init__(components, force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
 
     @classmethod
     def from_pretrained(
@@ -103,6 +105,7 @@ class KolorsPipeline:
         device: torch.device | str | None = None,
         text_encoder_quantization: str | None = None,
         memory_limit: int | str | Plan | None = None,
+        **components: Any,
     ) -> Self:
         """Load a folder in diffusers' layout, a Hub id, or a bundled model by its name ("kolors-tiny").
 
@@ -115,24 +118,31 @@ class KolorsPipeline:
             memory_limit: bytes or text such as "8GiB" for all that the process holds on the device, for one picture
                 of the UNet's own size; or a Plan by `plan_memory` for another size or number. `memory_plan` tells the
                 choice. Where it is one model after the other, each is read from its files when its turn comes.
+            components: taken as they are in the place of the folder's; none under a memory limit.
 
         Raises:
             CheckpointError (an OSError): a file is missing, broken or unsuitable.
             ValueError: the memory limit is malformed or too small.
         """
         plan = memory_limit
+        expect(plan is None or not components, "memory_limit", "None with components of one's own", repr(plan))
         if plan is not None and not isinstance(plan, Plan):
             plan = plan_memory(
                 plan,
-                load_configs(path_or_id),
+                load_configs(path_or_id, cls.parts),
                 dtype=torch_dtype or torch.float32,
                 device=device or "cpu",
                 quantization=text_encoder_quantization,
             )
-        quantization = text_encoder_quantization if plan is None else plan.quantization
+        bits = text_encoder_quantization if plan is None else plan.quantization
         at_once = plan is None or not plan.one_by_one
-        parts = load_components(path_or_id, torch_dtype, variant, device, quantization, with_weights=at_once)
-        pipeline = cls(**parts)
+        prepare = {} if bits is None else {"text_encoder": lambda encoder: encoder.quantize_(bits)}
+        loaded = load_components(
+            path_or_id, cls.parts, torch_dtype, variant, device,
+            given=components, prepare=prepare, with_weights=at_once,
+        )  # fmt: skip
+        parts = loaded.components
+        pipeline = cls(**parts, **cls._options(loaded.options))
         pipeline.memory_plan = plan
         if not at_once:
             models = {name: parts[name] for name in ("text_encoder", "unet", "vae")}
@@ -141,88 +151,15 @@ class KolorsPipeline:
             parts["vae"].enable_tiling()
         return pipeline
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, variant: str | None = None) -> None:
-        """Write the pipeline in diffusers' layout."""
-        self._check_present("save_pretrained")
-        save_components(self, folder, variant)
+    @classmethod
+    def _options(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        return {"force_zeros_for_empty_prompt": bool(index.get("force_zeros_for_empty_prompt", False))}
 
-    @property
-    def components(self) -> dict[str, Any]:
-        """The constructor arguments that are objects, by name."""
-        return {name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-
-    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """Move and cast the models, as `nn.Module.to` does."""
-        self._check_present("to")
-        for model in (self.vae, self.text_encoder, self.unet):
-            model.to(*args, **kwargs)
-        return self
-
-    @property
-    def default_size(self) -> Size:
-        """(height, width) in pixels: the UNet's own size."""
-        height, width = _pair(self.default_sample_size)
-        return height * self.vae_scale_factor, width * self.vae_scale_factor
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device if self._turns is None else self._turns.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
-
-    def enable_cuda_graphs(self, keep: int = 4) -> None:
-        """Capture each shape's denoising step as a CUDA graph and replay it: the same pictures with less host time.
-
-        A capture takes as long as two steps. `keep` graphs stay, one for each size, batch, number of steps and
-        guidance on or off; what each costs in memory is logged (`logging`, level INFO).
-
-        Raises:
-            ValueError: the pipeline is not on a CUDA device, or under a memory limit, which counts no graphs.
-        """
-        if self.memory_plan is not None:
-            raise ValueError("enable_cuda_graphs: expected a pipeline without a memory limit, got one with a plan")
-        if self.device.type != "cuda":
-            raise ValueError(f"enable_cuda_graphs: expected a pipeline on a CUDA device, got one on {self.device}")
-        self._graphs = StepGraphs(self.unet, keep=keep)
-
-    def disable_cuda_graphs(self) -> None:
-        """Launch every kernel by itself, and free the graphs."""
-        self._graphs = None
-
-    def _turn(self, name: str | None) -> None:
-        """Under a plan of one model after the other, have this one's weights here and no other's."""
-        if self._turns is not None:
-            self._turns.turn(name)
-
-    def _check_present(self, name: str) -> None:
-        if self._turns is not None:
-            raise ValueError(f"{name}: expected a pipeline whose models are resident, got one after the other")
-
-    def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """Arguments of tqdm for the denoising bar, such as disable=True."""
-        self._progress = kwargs
-
-    @property
-    def guidance_scale(self) -> float | Sequence[float]:
-        """Of the running call: a number, or where prompts differ one for each; a callback may set `_guidance_scale`."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        scale = self._guidance_scale
-        return max(scale) > 1 if isinstance(scale, Sequence) else scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the last call."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """A callback that sets `_interrupt` ends the denoising; the latents are decoded as they are."""
-        return self._interrupt
+    def _check_components(self) -> None:
+        """Text encoder and UNet exchange tensors; the autoencoder's dtype is its own."""
+        super()._check_components()
+        expected = f"the dtype of the unet, {self.unet.dtype}"
+        expect(self.text_encoder.dtype == self.unet.dtype, "text_encoder", expected, self.text_encoder.dtype)
 
     @torch.no_grad()
     def __call__(
@@ -294,12 +231,10 @@ class KolorsPipeline:
             RuntimeError: the denoised latents hold NaN or infinity.
         """
         names = tuple(getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs))
-        height, width = (
-            own if side is None else side for side, own in zip((height, width), self.default_size, strict=True)
-        )
+        height, width = self._sides(height, width)
         repeats = 1 if num_images_per_prompt is None else num_images_per_prompt
         self._turn(None)  # a call that failed left one there
-        check_components(self.unet, self.text_encoder, self.vae, self.scheduler)
+        self._check_components()
         check_size(height, width, self.vae_scale_factor)
         check_prompts(prompt, negative_prompt)
         check_embeds(
@@ -310,7 +245,8 @@ class KolorsPipeline:
             negative_prompt_embeds,
             negative_pooled_prompt_embeds,
         )
-        check_choices(num_inference_steps, repeats, max_sequence_length, output_type, names)
+        check_choices(num_inference_steps, repeats, output_type, names, self._callback_tensor_inputs)
+        check_tokens(max_sequence_length, MIN_TEXT, MAX_TEXT)
         check_unsupported(ip_adapter_image=ip_adapter_image, ip_adapter_image_embeds=ip_adapter_image_embeds)
         own_sizes = _negative_sizes(negative_original_size, negative_crops_coords_top_left, negative_target_size)
 
@@ -329,32 +265,22 @@ class KolorsPipeline:
             positive = positive.expanded(max_sequence_length)
             negative = None if negative is None else negative.expanded(max_sequence_length)
         sizes = (original_size or (height, width), crops_coords_top_left, target_size or (height, width))
-        time_ids = self._time_ids(sizes, positive.pooled)
-        negative_time_ids = self._time_ids(own_sizes or sizes, positive.pooled)
-
-        table, stop = self._plan(num_inference_steps, timesteps, sigmas, denoising_end, eta)
-        channels = self.unet.config.in_channels
+        table = self._schedule(num_inference_steps, timesteps, sigmas, eta=eta)
         sample = self.prepare_latents(
-            len(positive), channels, height, width, self.dtype, self.device, generator, latents
+            len(positive), self.unet.config.in_channels, height, width, self.dtype, self.device, generator, latents
         )
-        self._turn("unet")
-        run = Run(self, table.timesteps, lora_scale(cross_attention_kwargs), callback_on_step_end, names)
-        run.condition(positive, negative, time_ids, negative_time_ids)
-        self._num_timesteps = stop
-        with tqdm(total=stop, **self._progress) as run.progress:
-            sample = denoise(
-                run.predict,
-                table,
-                sample,
-                run.weights,
-                stop=stop,
-                generator=generator,
-                callback=run.after_step,
-                interrupted=lambda: self._interrupt,
-                step=None if self._graphs is None else run.step_by(self._graphs, table),
-            )
-        images = sample if output_type == "latent" else to_pictures(self._decode(sample), output_type)
-        self._turn(None)
+        run = Run(
+            self,
+            table.timesteps,
+            self._tensors(positive, negative, sizes, own_sizes or sizes),
+            self._reader(positive, negative),
+            pictures=len(positive),
+            lora_scale=lora_scale(cross_attention_kwargs),
+            callback=callback_on_step_end,
+            names=names,
+        )
+        sample = self._denoise(run, table, sample, generator, self._stop(table, denoising_end))
+        images = self._pictures(sample, output_type)
         return KolorsPipelineOutput(images) if return_dict else (images,)
 
     def encode_prompt(
@@ -407,37 +333,14 @@ class KolorsPipeline:
         negative = ("" if negative is None else negative) if guided and not zeros else None
         for name, given in (("prompt_embeds", prompt), ("negative_prompt_embeds", negative)):
             if isinstance(given, TextFeatures):
-                check_dtype(name, given.embeds, self.unet)
-                check_dtype(name.replace("prompt", "pooled_prompt"), given.pooled, self.unet)
+                check_dtype(name, given.embeds, "unet", self.unet)
+                check_dtype(name.replace("prompt", "pooled_prompt"), given.pooled, "unet", self.unet)
         if any(given is not None and not isinstance(given, TextFeatures) for given in (prompt, negative)):
             self._turn("text_encoder")
         positive, beside = read_guided(self.tokenizer, self.text_encoder, prompt, negative, max_length, zeros=zeros)
         rows = torch.arange(len(positive)).repeat_interleave(repeats)
         positive = positive.to(self.device).select(rows.to(self.device))
         return positive, None if beside is None else beside.to(self.device).select(rows.to(self.device))
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        num_channels_latents: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: Generator,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Noise [B, C, h, w] of the scheduler's first standard deviation, drawn or as given (of deviation 1)."""
-        factor = self.vae_scale_factor
-        shape = (batch_size, num_channels_latents, height // factor, width // factor)
-        if isinstance(generator, list):
-            expect(len(generator) == batch_size, "generator", f"a list of {batch_size} generators", len(generator))
-        if latents is None:
-            latents = draw_noise(shape, generator, device, dtype)
-        else:
-            check_latents(latents, shape)
-            check_dtype("latents", latents, self.unet)
-        return latents.to(device) * self.scheduler.init_noise_sigma
 
     def _time_ids(self, sizes: tuple[Size, Size, Size], pooled: Tensor) -> Tensor:
         """[B, 6]; float32, for bfloat16 holds whole numbers only to 256."""
@@ -447,48 +350,51 @@ class KolorsPipeline:
         ids = torch.tensor([value for size in sizes for value in size], dtype=torch.float32, device=pooled.device)
         return ids.expand(len(pooled), 6)
 
-    def _plan(
+    def _tensors(
         self,
-        num_inference_steps: int,
-        timesteps: Sequence[float] | None,
-        sigmas: Sequence[float] | None,
-        denoising_end: float | None,
-        eta: float,
-    ) -> tuple[StepTable, int]:
-        """The step table of the run, and the row at which it stops."""
-        expect(timesteps is None or sigmas is None, "timesteps", "None together with sigmas", "a list")
-        choice: dict[str, Any] = {"num_inference_steps": num_inference_steps}
-        for name, value in (("timesteps", timesteps), ("sigmas", sigmas)):
-            if value is not None:
-                accepted = name in inspect.signature(self.scheduler.set_timesteps).parameters
-                kind = type(self.scheduler).__name__
-                expect(accepted, name, f"None with {kind}, which chooses its own", "a list")
-                choice = {name: value}
-        self.scheduler.set_timesteps(device=self.device, **choice)
-        takes_eta = "eta" in inspect.signature(self.scheduler.step_table).parameters
-        table: StepTable = self.scheduler.step_table(**({"eta": eta} if takes_eta else {}))
+        positive: TextFeatures,
+        negative: TextFeatures | None,
+        sizes: tuple[Size, Size, Size],
+        negative_sizes: tuple[Size, Size, Size],
+    ) -> dict[str, Tensor | None]:
+        """What belongs to the negative and the positive predictions, in this order, by diffusers' names."""
+        both = [positive] if negative is None else [negative, positive]
+        ids, negative_ids = (self._time_ids(one, positive.pooled) for one in (sizes, negative_sizes))
+        return {
+            "prompt_embeds": torch.cat([one.embeds for one in both]),
+            "negative_prompt_embeds": None if negative is None else negative.embeds,
+            "add_text_embeds": torch.cat([one.pooled for one in both]),
+            "negative_pooled_prompt_embeds": None if negative is None else negative.pooled,
+            "add_time_ids": torch.cat([ids] if negative is None else [negative_ids, ids]),
+            "negative_add_time_ids": negative_ids,
+        }
+
+    def _reader(self, positive: TextFeatures, negative: TextFeatures | None) -> Callable[..., Prompt]:
+        """What makes of those tensors what the UNet reads."""
+        both = [positive] if negative is None else [negative, positive]
+        biases = [one.key_bias for one in both if one.key_bias is not None]
+        key_bias = torch.cat(biases) if biases else None
+
+        def read(tensors: dict[str, Tensor], dtype: torch.dtype, keys_multiple: int) -> Prompt:
+            added = {"text_embeds": tensors["add_text_embeds"], "time_ids": tensors["add_time_ids"]}
+            return self.unet.read_prompt(
+                tensors["prompt_embeds"], added, dtype, key_bias=key_bias, keys_multiple=keys_multiple
+            )
+
+        return read
+
+    def _stop(self, table: StepTable, denoising_end: float | None) -> int:
+        """The row at which the run stops."""
         if denoising_end is None:
-            return table, len(table)
+            return len(table)
         expect(0 < denoising_end <= 1, "denoising_end", "a share of the run above 0 and up to 1", denoising_end)
         cutoff = round(len(self.scheduler) * (1 - denoising_end))  # in timesteps: the scheduler's length is T
-        return table, int((table.timesteps >= cutoff).sum())
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to images [B, 3, H, W] in about [-1, 1], in the autoencoder's dtype."""
-        if not torch.isfinite(latents).all():
-            raise RuntimeError(f"the denoised latents hold NaN or infinity in {latents.dtype}; bfloat16 has more range")
-        self._turn("vae")
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        return self.vae.decode(scaled, return_dict=False)[0]
+        return int((table.timesteps >= cutoff).sum())
 
 
 def _either(text: str | list[str] | None, embeds: Tensor | None, pooled: Tensor | None) -> Any:
     """The text, or the features given in its place; None where neither is."""
     return text if embeds is None or pooled is None else TextFeatures(embeds, pooled)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _negative_sizes(original: Size | None, crop: Size, target: Size | None) -> tuple[Size, Size, Size] | None:

@@ -121,20 +121,22 @@ class StepGraphs:
 
     def step(
         self, predict: Predict, plan: Plan, table: StepTable, row: int, sample: Tensor, weights: Tensor,
-        previous: Tensor | None, noise: Tensor | None,
+        previous: Tensor | None, noise: Tensor | None, kind: Hashable = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Row `row` of `table` from `sample`: (next, denoised), tensors that the next step overwrites."""
+        """Row `row` of `table` from `sample`: (next, denoised), tensors that the next step overwrites.
+
+        `kind` is whatever else decides what `predict` does.
+        """
         if self._captures and sample.device.type != "cuda":
             raise ValueError(f"graphs: expected a model on a CUDA device, got one on {sample.device}")
-        key = self._key(plan, table, sample, weights)
+        key = self._key(plan, table, sample, weights, kind)
         program = self._programs.get(key)
         if program is None:
             program = Program(predict, plan, table, sample, weights)
             program.load(plan, table, row, sample, weights, previous, noise)
             program.replay = self._record(program)
-            key = self._key(
-                plan, table, sample, weights
-            )  # a model's first run may have joined weights, which moves them
+            # anew, for a model's first run may have joined weights, which moves them
+            key = self._key(plan, table, sample, weights, kind)
             self._programs[key] = program
             while len(self._programs) > self.keep:
                 self._programs.popitem(last=False)
@@ -146,10 +148,11 @@ class StepGraphs:
     def __len__(self) -> int:
         return len(self._programs)
 
-    def _key(self, plan: Plan, table: StepTable, sample: Tensor, weights: Tensor) -> Hashable:
+    def _key(self, plan: Plan, table: StepTable, sample: Tensor, weights: Tensor, kind: Hashable) -> Hashable:
         return (
             tuple(sample.shape), sample.dtype, sample.device, tuple(weights.shape), plan.signature(),
-            table.coefficients.shape, table.uses_previous, table.clip, any(table.needs_noise), _baked(self.model),
+            table.coefficients.shape, table.uses_previous, table.clip, any(table.needs_noise), kind,
+            _baked(self.model),
         )  # fmt: skip
 
     def _capture(self, program: Program) -> Callable[[], None]:

@@ -22,7 +22,7 @@ from kolors_fast.models.unet_blocks import UpBlock
 from kolors_fast.ops import SPECS, _backends
 from kolors_fast.ops._operator import Operator
 from kolors_fast.ops._spec import cast
-from kolors_fast.pipelines import kolors
+from kolors_fast.pipelines import pipeline as shared
 
 from .conftest import UNET, VAE
 
@@ -112,7 +112,7 @@ def test_the_blocks_of_every_decoder(tiled: bool, dtype: torch.dtype, recorder: 
 
 
 def test_a_captured_step_is_a_range(ours: KolorsPipeline, recorder: Recorder) -> None:
-    ours._graphs = kolors.StepGraphs(ours.unet, record=lambda program: program.run)  # in the place of a CUDA graph
+    ours._graphs = shared.StepGraphs(ours.unet, record=lambda program: program.run)  # in the place of a CUDA graph
     with nvtx_ranges():
         draw(ours)
     assert recorder.outermost == ["text encoding", "step 0", "step 1", "decode"] and recorder.open == []
@@ -167,7 +167,7 @@ def test_an_interrupted_run_leaves_no_range_open(ours: KolorsPipeline, recorder:
 
 
 def test_nothing_is_there_while_off(ours: KolorsPipeline, recorder: Recorder) -> None:
-    owners = (Operator, ResnetBlock, UpBlock, KolorsUNet, AutoencoderKL, KolorsPipeline, kolors)
+    owners = (Operator, ResnetBlock, UpBlock, KolorsUNet, AutoencoderKL, KolorsPipeline, shared.Pipeline, shared)
     before = [dict(vars(owner)) for owner in owners]
     assert not installed._originals and UpBlock.__call__ is torch.nn.Module.__call__
     with nvtx_ranges():
