@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..ops._products import PACKED_LIMIT
+from ..ops._products import PACKED_LIMIT, measured, this_machine
 from .layers import Conv2d, Linear
 
 _INSIDE = 4 << 20  # bytes that operators take whatever the shapes
@@ -39,8 +39,8 @@ def activation_bytes(model: nn.Module, call: Callable[[Any], Any], device: str =
 
 
 def _kept(model: nn.Module) -> int:
-    """Bytes of the copies of float32 weights: packed for products (`ops/_products.py`), 3x3 ones as 4x4; and, after
-    an upsampling, as phases, packed too (`layers.conv_of_doubled`)."""
+    """Bytes of the copies of float32 weights: packed for products (`ops/_products.py`), 3x3 ones as 4x4, where this CPU
+    was measured; and, after an upsampling, as phases, packed too (`layers.conv_of_doubled`)."""
     packed = phases = 0
     for name, module in model.named_modules():
         if isinstance(module, Linear | Conv2d) and module.weight.dtype == torch.float32:
@@ -49,7 +49,7 @@ def _kept(model: nn.Module) -> int:
             packed += size
             if winograd and "upsamplers" in name:
                 phases, packed = phases + size, packed + size
-    return min(packed, PACKED_LIMIT) + phases
+    return (min(packed, PACKED_LIMIT) if measured(this_machine()) else 0) + phases
 
 
 class _Peak(TorchDispatchMode):
