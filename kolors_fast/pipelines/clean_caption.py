@@ -77,11 +77,11 @@ def clean_caption(caption: str) -> str:
     """The caption in lower case without what PixArt's training took out of captions, in one pass.
 
     PixArt cleans every caption twice, for one pass may uncover what the next takes away. The rules and their order are
-    those of the reference, down to those that look odd: only the scheme of "https://..." goes, then the host.
+    those of the reference, down to the odd ones: of a link to none of the listed top domains only the scheme goes.
 
-    The reference parses markup with BeautifulSoup and mends text with ftfy, here both are the standard library's part:
-    of what ftfy does, ligatures, full-width forms, low quotation marks and the composition of accents are done here,
-    while text that was decoded with the wrong encoding ("schÃ¶n") and control characters stay as they are.
+    The reference parses markup with BeautifulSoup, to the same text, and mends the rest with ftfy. Of that, ligatures,
+    full-width forms, low quotation marks and the composition of accents are done here by the standard library, while
+    text that was decoded with the wrong encoding ("schÃ¶n") and control characters stay as they are.
 
     Source: DeepFloyd/IF `deepfloyd_if/modules/t5.py`, by way of PixArt-alpha/PixArt-alpha `diffusion/model/t5.py`.
     """
