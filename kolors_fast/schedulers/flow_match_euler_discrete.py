@@ -94,8 +94,8 @@ class FlowMatchEulerDiscreteScheduler(Scheduler):
     ) -> None:
         """Choose the run's timesteps: by their number, as given sigmas without the final one, or as given timesteps.
 
-        Given timesteps are told to the model as they are; their sigmas are shifted, unless sigmas are given too.
-        `mu` is the shift of use_dynamic_shifting, and ignored without.
+        Given timesteps are told to the model as they are, though the sigmas, theirs or given ones, are shifted.
+        `mu` is the shift of use_dynamic_shifting, and not read without.
         """
         config, total = self.config, len(self)
         told = None if timesteps is None else round_to_float32(given_values("timesteps", timesteps, total))
