@@ -40,6 +40,12 @@ class SD3TextFeatures:
         """The features of some of the prompts, in any order and number; rows is int64 [M] or a slice."""
         return SD3TextFeatures(self.prompt_embeds[rows], self.pooled_prompt_embeds[rows])
 
+    def repeated(self, times: int) -> SD3TextFeatures:
+        """Those of each prompt so many times, side by side."""
+        return SD3TextFeatures(
+            *(t.repeat_interleave(times, dim=0) for t in (self.prompt_embeds, self.pooled_prompt_embeds))
+        )
+
     def to(self, *args: Any, **kwargs: Any) -> SD3TextFeatures:
         """A copy on another device or in another dtype, as `Tensor.to` makes it."""
         return SD3TextFeatures(self.prompt_embeds.to(*args, **kwargs), self.pooled_prompt_embeds.to(*args, **kwargs))

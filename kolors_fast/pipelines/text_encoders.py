@@ -19,6 +19,7 @@ from ..models.checkpoint import (
     PretrainedModel,
     _find_weights,
     _move_into_place,
+    _read_weights,
     _remove_stale,
     _some,
     model_folder,
@@ -81,6 +82,7 @@ def load_text_encoder(
     if named != TEXT_ENCODERS[class_name]:
         raise CheckpointError(f"{config_file}: model_type: expected {TEXT_ENCODERS[class_name]}, got {named}")
     dtype_name = "dtype" if version >= 5 else "torch_dtype"
+    _read_weights(files)  # maps them, and says in a sentence what transformers would at length
     try:
         model, report = kind.from_pretrained(
             str(folder),
@@ -88,13 +90,20 @@ def load_text_encoder(
             use_safetensors=files[0].suffix == ".safetensors",
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **{dtype_name: torch_dtype or torch.float32},
         )
-    except Exception as error:  # of transformers, safetensors, torch or json
+    except Exception as error:  # values of the config, in whatever way they break the model
         raise CheckpointError(f"{folder} does not load as a {class_name}: {_first_line(error)}") from error
-    if report["missing_keys"]:  # which transformers would fill at random
+    if report["missing_keys"]:  # which transformers would fill at random, as those of another shape
         missing = _some(sorted(report["missing_keys"]))
         raise CheckpointError(f"the weights in {folder} lack {missing}, which {class_name} needs")
+    if report["mismatched_keys"]:
+        wrong = [
+            f"{key} (expected {tuple(expected)}, got {tuple(got)})" for key, got, expected in report["mismatched_keys"]
+        ]
+        fit = f"the weights in {folder} do not fit the config of {class_name}"
+        raise CheckpointError(f"{fit}: {_some(sorted(wrong), quote='')}")
     return model.eval().to(device or "cpu")
 
 
