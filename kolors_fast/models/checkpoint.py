@@ -344,14 +344,21 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_bin(file: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
-    except Exception as error:  # torch.load raises whatever its zip and pickle readers stumble over
-        first_line = str(error).split("\n", 1)[0]
-        raise CheckpointError(f"{file} is truncated or not a file of plain tensors: {first_line}") from error
+    content = load_plain(file)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} must hold a dict of tensors")
     return dict(content)
+
+
+def load_plain(file: Path) -> Any:
+    """Content of a file that torch.save wrote, mapped where it can be; no object but plain ones is made."""
+    if not file.is_file():
+        raise CheckpointError(f"the file {file} is missing")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+    except Exception as error:  # torch.load raises whatever its zip and pickle readers stumble over
+        first_line = str(error).split("\n", 1)[0]
+        raise CheckpointError(f"{file} is truncated or not a file of plain tensors: {first_line}") from error
 
 
 def _check_state(state: dict[str, Tensor], wanted: dict[str, Tensor], name: str, folder: Path) -> None:

@@ -8,7 +8,9 @@ follow diffusers' PixArtTransformer2DModel.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +18,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops import _library
+from . import pixart_from_dit, pixart_original
 from .attention import Attention
-from .checkpoint import PretrainedModel
+from .checkpoint import PretrainedModel, _check_state
 from .conditioning import Conditioning, PromptCache, State, Steps
 from .dit_layers import add_and_modulate, as_timesteps, modulated, unpatchify
 from .layers import Linear, use_channels_last
+from .lora import lora_scale, lora_scaled
 from .pixart_blocks import AdaLayerNormSingle, CaptionProjection, Left, PatchEmbedding, TransformerBlock
 from .pixart_conditioning import Captions, Prompt, masked, trimmed
-from .unet import AttentionProcessor, KolorsUNet, lora_scale, lora_scaled
+from .pixart_original import NULL_CAPTION, from_original, read_file, to_original
+from .unet import AttentionProcessor, KolorsUNet
 from .unet_conditioning import filled_up
 
 SIZES = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
@@ -68,6 +73,9 @@ class PixArtTransformer(PretrainedModel):
     _other_names = ("Transformer2DModel",)
 
     transformer_blocks: Sequence[TransformerBlock]
+    # states [S, caption_channels] that training put in the place of dropped captions, of a model from a single file
+    # that has them; diffusers drops them and encodes "" instead
+    null_caption: Tensor | None = None
 
     def __init__(
         self,
@@ -237,6 +245,112 @@ class PixArtTransformer(PretrainedModel):
         return {f"{name}.processor": AttentionProcessor() for name in names}
 
     set_attn_processor = KolorsUNet.set_attn_processor
+
+    # ---- other files, and fresh weights
+
+    @classmethod
+    def from_single_file(
+        cls,
+        file: str | os.PathLike[str],
+        *,
+        sample_size: int,
+        interpolation_scale: float | None = None,
+        num_attention_heads: int = 16,
+        ema: bool = False,
+        torch_dtype: torch.dtype | None = None,
+    ) -> PixArtTransformer:
+        """Load one of PixArt's own .pth files, in eval mode; `null_caption` is the file's, where it has one.
+
+        Args:
+            file: holds a state dict, by itself or under "state_dict" or "state_dict_ema".
+            sample_size, interpolation_scale, num_attention_heads: what the file does not tell: 32, 64 or 128 for
+                pictures of 256, 512 or 1024 pixels, 256 for 2048; see the class; 16 in all released models.
+            ema: of two state dicts take the averaged one.
+            torch_dtype: None is float32.
+
+        Raises:
+            CheckpointError: the file is missing, truncated, another model's, or a PixArt-Sigma with compressed keys.
+        """
+        names = ("state_dict_ema", "state_dict") if ema else ("state_dict", "state_dict_ema")
+        state = read_file(file, *names)
+        config = pixart_original.config_of(state, num_attention_heads, file)
+        model = cls.empty(
+            {**config, "sample_size": sample_size, "interpolation_scale": interpolation_scale}, torch_dtype
+        )
+        model._take(from_original(state), file)
+        model.null_caption = state.get(NULL_CAPTION)
+        return model
+
+    def save_single_file(self, file: str | os.PathLike[str]) -> None:
+        """Write a .pth file as `from_single_file` and PixArt's own code read it."""
+        caption = {} if self.null_caption is None else {NULL_CAPTION: self.null_caption}
+        pixart_original.write_state(file, {**to_original(self.state_dict()), **caption})
+
+    @classmethod
+    def from_dit(
+        cls,
+        source: Mapping[str, Tensor] | str | os.PathLike[str],
+        *,
+        caption_channels: int = 4096,
+        sample_size: int | None = None,
+        num_attention_heads: int = 16,
+        generator: torch.Generator | None = None,
+    ) -> PixArtTransformer:
+        """A model to be trained that starts as a class-conditional DiT: at t = 500 it computes what that does without
+        its class embedding, for any caption (see `pixart_from_dit`).
+
+        Args:
+            source: a DiT's state dict, or a file of it, by itself or under "ema", with the keys of
+                github.com/facebookresearch/DiT.
+            caption_channels: see the class.
+            sample_size: None: that of the DiT's position table.
+            num_attention_heads: 16 in DiT-XL and DiT-L.
+            generator: of the weights that a DiT does not determine, see `init_weights`.
+
+        Raises:
+            CheckpointError: the source is no such DiT.
+        """
+        dit, name = (source, "the state dict") if isinstance(source, Mapping) else (read_file(source, "ema"), source)
+        config = pixart_from_dit.config_of(dit, num_attention_heads, str(name))
+        if sample_size is not None:
+            config["sample_size"] = sample_size
+        if "sample_size" not in config:
+            raise ValueError(f"sample_size: expected a number, for {name} has no position table to tell it, got None")
+        model = cls(caption_channels=caption_channels, **config)
+        model.init_weights(generator)
+        started = {**to_original(model.state_dict()), **pixart_from_dit.reparameterised(dit, config["num_layers"])}
+        model._take(from_original(started), str(name))
+        return model.eval()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh weights, as PixArt's training begins: cross-attention adds nothing, and the prediction is zero.
+
+        Linear layers and patches are Xavier-uniform, those of embeddings and of the shared modulation N(0, 0.02^2),
+        biases zero, tables N(0, 1 / D). The generator is on the device of the weights.
+        """
+        parts = (self.adaln_single, self.caption_projection)
+        narrow = {layer for part in parts if part is not None for layer in part.modules()}
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                bound = (6 / (layer.weight[0].numel() + len(layer.weight))) ** 0.5
+                if layer in narrow:
+                    layer.weight.normal_(std=0.02, generator=generator)
+                else:
+                    layer.weight.uniform_(-bound, bound, generator=generator)
+                if layer.bias is not None:
+                    layer.bias.zero_()
+        for table in self._tables():
+            table.normal_(std=table.shape[1] ** -0.5, generator=generator)
+        self.proj_out.weight.zero_()
+        for attention in self._cross_attentions():
+            attention.to_out[0].weight.zero_()  # type: ignore[operator]  # a linear layer's
+
+    def _take(self, state: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
+        """Load a complete state dict, cast to the model's dtypes; tensors that need no cast are taken over."""
+        wanted = self.state_dict()
+        _check_state(dict(state), wanted, type(self).__name__, Path(source))
+        self.load_state_dict({key: value.to(wanted[key].dtype) for key, value in state.items()}, assign=True)
 
     # ---- parts
 
