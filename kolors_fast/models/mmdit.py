@@ -6,7 +6,9 @@ state-dict keys and the forward signature follow diffusers' SD3Transformer2DMode
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import PretrainedModel
+from . import mmdit_original
+from .checkpoint import PretrainedModel, _check_state
 from .conditioning import Conditioning, PromptCache, State, Steps
 from .dit_layers import TIME_DIM, PatchProjection, as_timesteps, position_table, sinusoid, unpatchify
 from .layers import Linear, TimestepEmbedding
 from .lora import lora_scale, lora_scaled
 from .mmdit_blocks import Attention, JointBlock, Modulation, Stream
+from .unet import AttentionProcessor
 
 SIZES = (
     "sample_size",
@@ -36,10 +40,6 @@ SIZES = (
 
 class Transformer2DModelOutput(NamedTuple):
     sample: Tensor  # [B, out_channels, H, W]
-
-
-class AttentionProcessor:
-    """Stands for the attention this model computes, where pipelines list or set processors."""
 
 
 class Prompt(NamedTuple):
@@ -140,6 +140,39 @@ class MMDiT(PretrainedModel):
         if qk_norm is not None:
             self._add_norms()
 
+    @classmethod
+    def from_single_file(
+        cls,
+        file: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> MMDiT:
+        """Load a model, in eval mode, from a file in Stability's own layout, whose shapes tell its config.
+
+        Args:
+            file: .safetensors, or .pt or .ckpt of plain tensors; other models in it are left alone.
+            torch_dtype: dtype of the weights; None is float32.
+            device: where they go; None is the CPU.
+
+        Raises:
+            CheckpointError: the file is missing, truncated or another model's, or has other keys or shapes.
+        """
+        state = mmdit_original.read(file)
+        model = cls.empty(mmdit_original.config_of(state, file), torch_dtype)
+        wanted = model.state_dict()
+        _check_state(state, mmdit_original.to_original(wanted), cls.__name__, Path(file))
+        loaded = mmdit_original.from_original(state)
+        model.load_state_dict({k: v.to(device or "cpu", wanted[k].dtype) for k, v in loaded.items()}, assign=True)
+        return model
+
+    def save_single_file(self, file: str | os.PathLike[str]) -> None:
+        """Write safetensors in Stability's own layout, beside and renamed."""
+        if self.config.qk_norm is None and self.config.attention_head_dim != mmdit_original.HEAD_DIM:
+            expected, got = mmdit_original.HEAD_DIM, self.config.attention_head_dim
+            raise ValueError(f"attention_head_dim: expected {expected}, for such a file does not tell it, got {got}")
+        mmdit_original.write(file, mmdit_original.to_original(self.state_dict()))
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -169,6 +202,7 @@ class MMDiT(PretrainedModel):
         with lora_scaled(self, lora_scale(joint_attention_kwargs, "joint_attention_kwargs")):
             prompt = self.read_prompt(encoder_hidden_states, pooled_projections, hidden_states.dtype)
             time = self.embed_time(timestep, hidden_states)
+            _check_rows(prompt, len(hidden_states))
             if len(time) not in (1, len(hidden_states)):
                 raise ValueError(f"timestep: expected 1 or {len(hidden_states)} numbers, got {len(time)}")
             cond = Conditioning(prompt, self.modulations(time, prompt))
@@ -251,8 +285,7 @@ class MMDiT(PretrainedModel):
         """
         blocks, rows = self.transformer_blocks, len(sample) - (skipped or 0)
         _check_skips(skip_layers, len(blocks), skipped, control)
-        if len(cond.prompt.context) != rows:
-            raise ValueError(f"encoder_hidden_states: expected {rows} rows, got {len(cond.prompt.context)}")
+        _check_rows(cond.prompt, rows)
         image, text = Stream(self.pos_embed(sample[:rows])), Stream(cond.prompt.context)
         every = _with_skipped(cond, skipped) if skipped else cond
         waiting: list[Tensor] = []  # both streams of the skipped samples, while the others pass a block
@@ -342,6 +375,11 @@ def _check_text(name: str, value: Any, axes: str, width: int) -> None:
     shape = list(value.shape) if isinstance(value, Tensor) else value
     if not isinstance(value, Tensor) or value.dim() != axes.count(",") + 2 or value.shape[-1] != width:
         raise ValueError(f"{name}: expected [{axes}, {width}], got {shape}")
+
+
+def _check_rows(prompt: Prompt, rows: int) -> None:
+    if len(prompt.context) != rows:
+        raise ValueError(f"encoder_hidden_states: expected {rows} rows, got {len(prompt.context)}")
 
 
 def _with_skipped(cond: Conditioning, skipped: int) -> Conditioning:

@@ -91,12 +91,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]"""
-        k, v, q = self._split_heads(self._joined.project(x, self._layers()))
+        q, k, v = self._split_heads(self._joined.project(x, self._layers()))
         h: Any = qk_norm_attention(q, k, v, q_weight=self._weight("q"), k_weight=self._weight("k"), eps=NORM_EPS)
         return self.to_out[0](h.flatten(2))
 
     def _layers(self) -> tuple[Linear, ...]:
-        return self.to_k, self.to_v, self.to_q
+        return self.to_q, self.to_k, self.to_v
 
     def _split_heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
         return [one.unflatten(-1, (self.heads, -1)) for one in projected]  # [B, tokens, heads, d]
@@ -120,8 +120,7 @@ JOINT_QKV_FROM = 1024
 class JointAttention(Attention):
     """The tokens of both streams attend to those of both.
 
-    In the last block nothing reads what becomes of the text, so its queries are not computed; their projection comes
-    last, to be left out of a joined one.
+    In the last block nothing reads what becomes of the text, so its queries are not computed.
     """
 
     norms = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
@@ -141,7 +140,7 @@ class JointAttention(Attention):
         if self._writes_in_place(x, context):
             y, text = self._attend_in_place(x, context)
         else:
-            k, v, q = self._split_heads(self._joined.project(x, self._layers()))
+            q, k, v = self._split_heads(self._joined.project(x, self._layers()))
             h, text = qk_norm_attention(q, k, v, **self._norms(), added=self._text(context))
             y = self.to_out[0](h.flatten(2))
         return y, None if self.to_add_out is None else self.to_add_out(text.flatten(2))
@@ -152,11 +151,13 @@ class JointAttention(Attention):
         if self.norm_q is None:
             joint = x.new_empty(batch, tokens + context.shape[1], 3 * dim)
             _products_into(joint[:, :tokens], x, *self._joined.of(self._layers()))
-            joint[:, tokens:, : len(layers) * dim] = linear(context, *self._joined_added.of(layers))  # few rows: a copy
-            k, v, q = self._split_heads(joint.split(dim, dim=-1))
+            joint[:, tokens:, -len(layers) * dim :] = linear(
+                context, *self._joined_added.of(layers)
+            )  # few rows: a copy
+            q, k, v = self._split_heads(joint.split(dim, dim=-1))
             q = q[:, :tokens] if self.to_add_out is None else q
         else:  # the norms write them to one place
-            k, v, q = self._split_heads(self._joined.project(x, self._layers()))
+            q, k, v = self._split_heads(self._joined.project(x, self._layers()))
             q, k, v = qk_norm(q, k, v, **self._norms(), added=self._text(context))  # type: ignore[assignment]
         h: Any = qk_norm_attention(q, k, v)
         y = torch.empty_like(x)
@@ -171,12 +172,12 @@ class JointAttention(Attention):
         return plain and may_join(x, self._layers()) and may_join(context, self._text_layers())
 
     def _text(self, context: Tensor) -> AddedStream:
-        k, v, *q = self._split_heads(self._joined_added.project(context, self._text_layers()))
+        *q, k, v = self._split_heads(self._joined_added.project(context, self._text_layers()))
         return AddedStream(q[0] if q else None, k, v, self._weight("added_q"), self._weight("added_k"))
 
     def _text_layers(self) -> tuple[Linear, ...]:
-        layers = self.add_k_proj, self.add_v_proj, self.add_q_proj
-        return layers[:2] if self.to_add_out is None else layers
+        layers = self.add_q_proj, self.add_k_proj, self.add_v_proj
+        return layers[1:] if self.to_add_out is None else layers
 
     def _norms(self) -> dict[str, Any]:
         return {"q_weight": self._weight("q"), "k_weight": self._weight("k"), "eps": NORM_EPS}
