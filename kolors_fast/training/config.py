@@ -32,6 +32,14 @@ class TokenizerRecipe:
 
 
 @dataclass(frozen=True)
+class TextTokenizerRecipe:
+    """A tokenizer of CLIP's or T5's kind."""
+
+    captions: int  # sampled to train it
+    length: int  # tokens that every prompt is padded to
+
+
+@dataclass(frozen=True)
 class Stage:
     """One run of the trainer: warm-up, a constant learning rate, then a linear decay to zero."""
 
@@ -86,6 +94,8 @@ class LanguageModelStage(Stage):
 class PoolStage(Stage):
     """Training on latents of a pool of scenes that is rendered and encoded once."""
 
+    objects: ClassVar[int | None] = None  # of a scene; None: one to three
+
     scenes: int = 40000
     captions: int = 4  # per scene
     area: int = 256  # side of the square whose area no bucket exceeds
@@ -96,11 +106,9 @@ class PoolStage(Stage):
 
 
 @dataclass(frozen=True)
-class EpsilonStage(PoolStage):
-    """Noise prediction by Kolors' UNet."""
+class NoiseStage(PoolStage):
+    """Noise prediction."""
 
-    train_steps: int = 1100  # of the noise schedule
-    beta_end: float = 0.014
     caption_dropout: float = 0.1
     snr_gamma: float = 5.0  # min-SNR weighting (Hang et al. 2023); 0 turns it off
     timestep_power: float = 1.0  # above 1, high noise is drawn more often
@@ -111,6 +119,28 @@ class EpsilonStage(PoolStage):
         for key in ("timestep_power", "timestep_falloff"):
             if not getattr(self, key) > 0:
                 raise RecipeError(f"stage '{self.name}': {key}: expected more than 0, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
+class EpsilonStage(NoiseStage):
+    """Noise prediction by Kolors' UNet."""
+
+    train_steps: int = 1100  # of the noise schedule
+    beta_end: float = 0.014
+
+
+@dataclass(frozen=True)
+class LearnedVarianceStage(NoiseStage):
+    """Prediction of the noise and of the reverse step's variance, from captions."""
+
+    snr_gamma: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClassConditionalStage(LearnedVarianceStage):
+    """The same from the kind (colour and shape) of a lone object, by a DiT that PixArt then starts from."""
+
+    objects: ClassVar[int | None] = 1
 
 
 @dataclass(frozen=True)
@@ -145,7 +175,22 @@ class KolorsRecipe(Recipe):
     scheduler: dict[str, Any]  # of the pipeline that is exported
 
 
-SYSTEMS: dict[str, type[Recipe]] = {"kolors": KolorsRecipe}
+@dataclass(frozen=True)
+class PixArtRecipe(Recipe):
+    """PixArt-alpha: a class-conditional DiT and the transformer made of it, between a given T5 and a given VAE."""
+
+    objectives: ClassVar[dict[str, type[Stage]]] = {
+        "class_conditional": ClassConditionalStage,
+        "learned_variance": LearnedVarianceStage,
+    }
+
+    tokenizer: dict[str, Any]
+    text_encoder: dict[str, Any]
+    vae: dict[str, Any]
+    transformer: dict[str, Any]
+
+
+SYSTEMS: dict[str, type[Recipe]] = {"kolors": KolorsRecipe, "pixart": PixArtRecipe}
 
 
 def load_recipe(recipe: str | Path) -> Recipe:

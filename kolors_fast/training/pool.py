@@ -127,7 +127,7 @@ def _draw_scenes(stage: PoolStage, count: int, rng: np.random.Generator) -> dict
     for _ in range(count):
         square = len(sizes) == 1 or rng.random() < stage.square_share
         aspect = 1.0 if square else float(np.exp(rng.uniform(-np.log(2), np.log(2))))
-        scenes[sizes[nearest_bucket(sizes, aspect)]].append(sample_training(rng)[0])
+        scenes[sizes[nearest_bucket(sizes, aspect)]].append(sample_training(rng, count=stage.objects)[0])
     return {size: members for size, members in scenes.items() if members}
 
 

@@ -11,12 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .config import KolorsRecipe, Recipe, load_recipe
+from .config import KolorsRecipe, PixArtRecipe, Recipe, load_recipe
 from .kolors import KolorsSession
 from .parallel import World
+from .pixart import PixArtSession
 from .session import Session
 
-SESSIONS: dict[type[Recipe], type[Session]] = {KolorsRecipe: KolorsSession}
+SESSIONS: dict[type[Recipe], type[Session]] = {KolorsRecipe: KolorsSession, PixArtRecipe: PixArtSession}
 
 
 def train_command(

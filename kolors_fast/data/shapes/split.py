@@ -56,10 +56,13 @@ def is_held_out(scene: Scene) -> bool:
     return int.from_bytes(digest[:8], "big") % 10 == 0
 
 
-def sample_training(rng: np.random.Generator, language: str | None = None) -> tuple[Scene, str]:
-    """A random training scene and a true caption of it, half of them Chinese where `language` is None."""
+def sample_training(
+    rng: np.random.Generator, language: str | None = None, count: int | None = None
+) -> tuple[Scene, str]:
+    """A random training scene of `count` items (None: one to three) and a true caption of it, half of them Chinese
+    where `language` is None."""
     while True:
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, count)
         if not is_held_out(scene):
             return scene, caption(scene, rng, language)[0]
 
