@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .models.unet import KolorsUNet
     from .ops import explain, use_backend
     from .pipelines.kolors import KolorsPipeline
+    from .pipelines.pixart import PixArtPipeline
+    from .pipelines.sd3 import SD3Pipeline
     from .ranges import nvtx_ranges
     from .savings import without
 
@@ -31,7 +33,9 @@ _HOME = {
     "KolorsPipeline": "pipelines.kolors",
     "KolorsUNet": "models.unet",
     "MMDiT": "models.mmdit",
+    "PixArtPipeline": "pipelines.pixart",
     "PixArtTransformer": "models.pixart",
+    "SD3Pipeline": "pipelines.sd3",
     "explain": "ops",
     "nvtx_ranges": "ranges",
     "use_backend": "ops",
@@ -47,6 +51,8 @@ __all__ = [  # noqa: RUF022  (models first)
     "ChatGLM",
     "ChatGLMTokenizer",
     "KolorsPipeline",
+    "SD3Pipeline",
+    "PixArtPipeline",
     "explain",
     "nvtx_ranges",
     "use_backend",

@@ -116,9 +116,7 @@ def _load(options: argparse.Namespace, pictures: int = 1) -> Any:
     import torch
 
     from .ops import use_backend
-    from .pipelines.folder import load_configs
-    from .pipelines.kolors import KolorsPipeline
-    from .pipelines.memory import plan_memory
+    from .pipelines.load import pipeline_class
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -127,29 +125,9 @@ def _load(options: argparse.Namespace, pictures: int = 1) -> Any:
         raise ValueError(f"--cuda-graphs: expected a CUDA device, got {device!r}")
     dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
     use_backend(options.backend)
-    plan = None
-    if getattr(options, "memory_limit", None) is not None:
-        if options.compare_reference:
-            raise ValueError("--memory-limit: expected none with --compare-reference, which takes more memory")
-        plan = plan_memory(
-            options.memory_limit,
-            load_configs(options.model, KolorsPipeline.parts),
-            height=options.height,
-            width=options.width,
-            pictures=pictures,
-            dtype=dtype,
-            device=device,
-            quantization=options.text_encoder_quantization,
-        )
-        print(plan)
-    pipeline = KolorsPipeline.from_pretrained(
-        options.model,
-        torch_dtype=dtype,
-        variant=options.variant,
-        device=device,
-        text_encoder_quantization=options.text_encoder_quantization,
-        memory_limit=plan,
-    )
+    kind = pipeline_class(options.model)
+    own = _kolors_options(options, kind, dtype, device, pictures)
+    pipeline = kind.from_pretrained(options.model, torch_dtype=dtype, variant=options.variant, device=device, **own)
     if options.cuda_graphs:
         import logging
 
@@ -157,6 +135,36 @@ def _load(options: argparse.Namespace, pictures: int = 1) -> Any:
         logging.getLogger(__package__).setLevel(logging.INFO)  # tells what each graph costs in memory
         pipeline.enable_cuda_graphs()
     return pipeline
+
+
+def _kolors_options(options: argparse.Namespace, kind: Any, dtype: Any, device: str, pictures: int) -> dict[str, Any]:
+    """What `from_pretrained` takes for Kolors alone; printed is the plan of a memory limit."""
+    from .pipelines.folder import load_configs
+    from .pipelines.kolors import KolorsPipeline
+    from .pipelines.memory import plan_memory
+
+    limit, bits = getattr(options, "memory_limit", None), options.text_encoder_quantization
+    if not issubclass(kind, KolorsPipeline):
+        for name, value in (("memory-limit", limit), ("text-encoder-quantization", bits)):
+            if value is not None:
+                raise ValueError(f"--{name}: expected none with a {kind.index_name}, which has no such, got {value!r}")
+        return {}
+    if limit is None:
+        return {"text_encoder_quantization": bits}
+    if options.compare_reference:
+        raise ValueError("--memory-limit: expected none with --compare-reference, which takes more memory")
+    plan = plan_memory(
+        limit,
+        load_configs(options.model, kind.parts),
+        height=options.height,
+        width=options.width,
+        pictures=pictures,
+        dtype=dtype,
+        device=device,
+        quantization=bits,
+    )
+    print(plan)
+    return {"text_encoder_quantization": bits, "memory_limit": plan}
 
 
 def _draw(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds: list[int]) -> list[Any]:

@@ -21,7 +21,7 @@ from torch import nn
 from .models import attention, autoencoder_kl, autoencoder_kl_tiles, chatglm, layers, unet_blocks
 from .models.unet import KolorsUNet
 from .ops._operator import Operator
-from .pipelines import kolors, pipeline
+from .pipelines import kolors, pipeline, pixart, sd3
 
 DOMAIN = "kolors_fast"
 BLOCKS = (
@@ -82,7 +82,8 @@ class nvtx_ranges:
 
 
 def _install() -> None:
-    _swap(kolors.KolorsPipeline, "_read", _ranged("text encoding"))
+    for kind in (kolors.KolorsPipeline, sd3.SD3Pipeline, pixart.PixArtPipeline):
+        _swap(kind, "_read", _ranged("text encoding"))
     _swap(pipeline.Pipeline, "_decode", _ranged("decode"))
     _swap(pipeline, "denoise", _step_by_step)
     for model, method, name in MODELS:

@@ -34,6 +34,11 @@ class PixArtTextFeatures:
         """The features of some of the prompts, in any order and number; rows is int64 [M] or a slice."""
         return PixArtTextFeatures(self.prompt_embeds[rows], self.prompt_attention_mask[rows])
 
+    def repeated(self, times: int) -> PixArtTextFeatures:
+        """Those of each prompt so many times, side by side."""
+        both = (self.prompt_embeds, self.prompt_attention_mask)
+        return PixArtTextFeatures(*(tensor.repeat_interleave(times, dim=0) for tensor in both))
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PixArtTextFeatures:
         """A copy on another device, its states in another dtype."""
         return PixArtTextFeatures(self.prompt_embeds.to(device, dtype), self.prompt_attention_mask.to(device))

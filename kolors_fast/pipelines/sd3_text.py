@@ -42,9 +42,8 @@ class SD3TextFeatures:
 
     def repeated(self, times: int) -> SD3TextFeatures:
         """Those of each prompt so many times, side by side."""
-        return SD3TextFeatures(
-            *(t.repeat_interleave(times, dim=0) for t in (self.prompt_embeds, self.pooled_prompt_embeds))
-        )
+        both = (self.prompt_embeds, self.pooled_prompt_embeds)
+        return SD3TextFeatures(*(tensor.repeat_interleave(times, dim=0) for tensor in both))
 
     def to(self, *args: Any, **kwargs: Any) -> SD3TextFeatures:
         """A copy on another device or in another dtype, as `Tensor.to` makes it."""
