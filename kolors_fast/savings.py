@@ -13,7 +13,7 @@ SAVINGS: Mapping[str, str] = {
     "prompt_cache": "text projection, keys and values of every cross-attention, and size embedding once per prompt",
     "prompt_fold": "the projections around cross-attention multiplied into the keys and values of a short prompt",
     "step_table": "time embeddings, and what each block makes of them, for all steps at once",
-    "pad_collapse": "the m equal pads of a prompt as one key whose logit is raised by ln(m)",
+    "pad_collapse": "masked pads of a prompt dropped, m equal ones as one key whose logit is raised by ln(m)",
     "fused_qkv": "queries, keys and values in one product, of one storage that the named weights are views of",
     "channels_last": "feature maps and weights as NHWC, so that pixels are tokens without a transpose",
     "channel_add": "the time embedding and the bias of a convolution added inside the next GroupNorm",

@@ -153,6 +153,7 @@ def may_join(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
     )
 
 
+@torch.inference_mode(False)  # whose tensors could not be trained later
 def _join(values: Sequence[Tensor]) -> Tensor:
     """Weights [out, in] or biases [out] as one tensor; they become views of it, where they are not yet."""
     first, sizes = values[0].detach(), [len(value) for value in values]

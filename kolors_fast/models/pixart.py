@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import savings
 from ..ops import _library
 from . import pixart_from_dit, pixart_original
 from .attention import Attention
@@ -194,7 +195,8 @@ class PixArtTransformer(PretrainedModel):
             captions = Captions(encoder_hidden_states)
             if mask is not None:
                 captions = masked(encoder_hidden_states, mask)
-                if not _library.tracing(encoder_hidden_states, mask) and not torch.is_grad_enabled():
+                looks = not _library.tracing(encoder_hidden_states, mask) and not torch.is_grad_enabled()
+                if looks and savings.on("pad_collapse"):
                     captions = trimmed(captions)
                 if keys_multiple > 1:
                     captions = _filled_up(captions, keys_multiple)
@@ -442,6 +444,11 @@ def _self_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask [B, N], 1 keep and 0 drop, or a bias [B, 1, N] -> [B, N], to be added to logits."""
     if mask is None:
         return None
+    if mask.dim() == 3 and mask.shape[1] != 1:
+        samples, _, keys = mask.shape
+        raise ValueError(
+            f"attention_mask: expected [{samples}, {keys}] or [{samples}, 1, {keys}], got {list(mask.shape)}"
+        )
     return (1 - mask.to(dtype)) * -10000.0 if mask.dim() == 2 else mask[:, 0]
 
 
