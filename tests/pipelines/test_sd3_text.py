@@ -210,7 +210,7 @@ def test_drops_repeat_with_the_generator_and_leave_the_parts_alone() -> None:
 
 
 def test_prompts_for_each_encoder() -> None:
-    assert per_encoder("a", None, "") == (["a"], ["a"], ["a"])
+    assert per_encoder("a", None, "") == per_encoder("a", "", None) == (["a"], ["a"], ["a"])
     assert per_encoder(["a", "b"], "c", ["d", "e"]) == (["a", "b"], ["c", "c"], ["d", "e"])
     assert per_encoder("", None, "bad", count=2, prefix="negative_") == (["", ""], ["", ""], ["bad", "bad"])
     with pytest.raises(ValueError, match="negative_prompt_2: expected one string or 2, got 3"):
