@@ -1,7 +1,7 @@
 """What PixArt reads of its prompts: keys and values of the captions in every cross-attention, and the embedded sizes.
 
-Pads are dropped rather than masked: a key that counts for nothing takes a product and, on a GPU, the fast attention,
-which adds no bias to the logits.
+Pads are dropped rather than masked: a key that counts for nothing takes products as any other, and where no key is left
+to be masked, the logits need no bias, which fast attention on GPUs does not add.
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ def trimmed(captions: Captions) -> Captions:
     """Without the tokens that no caption of the batch needs, and without a bias where no key is left out.
 
     Asks the device how many tokens count, which waits for it.
+
+    Captions of other lengths stay in one call, under a bias. On a CPU that took less time than a call for each in 13 of
+    15 cases (bench/measure_captions.py, one thread of an Intel Xeon, float32): for captions of 1 and 20 tokens and 1024
+    patches 9.8 ms against 13.1, and 21.1 untrimmed; for 1 and 60 tokens and 4096 patches 75.7 against 63.5, and 90.2.
     """
     states, bias, alive = captions
     assert bias is not None and alive is not None
