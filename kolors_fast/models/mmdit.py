@@ -300,7 +300,8 @@ class MMDiT(PretrainedModel):
             if skipped or i not in skip_layers:
                 image, text = self._run(block, image, text, cond if len(image.x) == rows else every)
             if control is not None and i < len(blocks) - 1:
-                image = Stream(image.sum() + control[int(i / (len(blocks) / len(control)))])
+                residual = control[int(i / (len(blocks) / len(control)))]
+                image = Stream(image.sum() + residual.to(image.x.dtype))
         if waiting:
             image = Stream(torch.cat([image.sum(), waiting[0]]))
         scale, shift = self.norm_out.of(every)

@@ -110,8 +110,8 @@ class Attention(nn.Module):
         return super()._apply(*args, **kwargs)
 
 
-# where the projections write in place. On a CPU the products take all the time, and neither way was measured to be
-# faster (bench/measure_joint_qkv.py)
+# where the projections write in place. On a CPU that is not faster: 0.9 to 1.8 times the time, 1.05 in the median of 20
+# shapes (bench/measure_joint_qkv.py, Intel Xeon), for the products take nearly all of it. A GPU has not been measured
 JOINT_QKV_ON = ("cuda",)
 # tokens from which a sample by itself fills a GPU: 8 x 12 tiles of 128 x 128 in the smallest product of 1536 columns
 JOINT_QKV_FROM = 1024
