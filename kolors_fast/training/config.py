@@ -14,6 +14,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from kolors_fast.pipelines.sd3_text import DROP
+from kolors_fast.schedulers.rectified_flow import parse_density
+
 RECIPES = Path(__file__).parent / "recipes"
 
 T = TypeVar("T")
@@ -91,6 +94,20 @@ class LanguageModelStage(Stage):
 
 
 @dataclass(frozen=True)
+class TextEncoderStage(Stage):
+    """A text encoder on captions, off whose pooled state what the caption asks for must be read."""
+
+    component: str = "text_encoder"  # which of the recipe's
+    reading_weight: float = 0.3  # of the cross-entropies of the request's parts, which are summed
+    masked: float = 0.25  # share of the tokens that T5 must guess
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.masked < 1:
+            raise RecipeError(f"stage '{self.name}': masked: expected 0 < masked < 1, got {self.masked}")
+
+
+@dataclass(frozen=True)
 class PoolStage(Stage):
     """Training on latents of a pool of scenes that is rendered and encoded once."""
 
@@ -144,6 +161,42 @@ class ClassConditionalStage(LearnedVarianceStage):
 
 
 @dataclass(frozen=True)
+class DenoiserStage(PoolStage):
+    """Training of the MM-DiT. With classifier-free guidance, the empty caption's prediction is the negative one."""
+
+    caption_dropout: float = 0.1  # share of the captions that the empty one replaces
+    encoder_dropout: float = DROP  # share in which the output of a text encoder, each by itself, is zero
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("caption_dropout", "encoder_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                raise RecipeError(f"stage '{self.name}': {key}: expected 0 <= {key} < 1, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
+class RectifiedFlowStage(DenoiserStage):
+    """Prediction of the velocity on straight paths."""
+
+    density: str = "logit_normal(0, 1)"  # of the times, see `parse_density`
+    shift: float = 1.0  # of the times, for the resolution: alpha t / (1 + (alpha - 1) t)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            parse_density(self.density)
+        except ValueError as error:
+            raise RecipeError(f"stage '{self.name}': {error}") from None
+        if not self.shift > 0:
+            raise RecipeError(f"stage '{self.name}': shift: expected more than 0, got {self.shift}")
+
+
+@dataclass(frozen=True)
+class EpsilonLinearStage(DenoiserStage):
+    """Prediction of the noise on the schedule of latent diffusion, to compare with: "eps/linear" of the SD3 paper."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Models of one system and the stages that train them.
 
@@ -176,6 +229,27 @@ class KolorsRecipe(Recipe):
 
 
 @dataclass(frozen=True)
+class SD3Recipe(Recipe):
+    """Stable Diffusion 3: two CLIPs of one tokenizer, T5, the MM-DiT and a given autoencoder."""
+
+    objectives: ClassVar[dict[str, type[Stage]]] = {
+        "clip": TextEncoderStage,
+        "t5": TextEncoderStage,
+        "rectified_flow": RectifiedFlowStage,
+        "epsilon_linear": EpsilonLinearStage,
+    }
+
+    tokenizer: TextTokenizerRecipe  # of both CLIPs
+    tokenizer_3: TextTokenizerRecipe
+    vae: dict[str, Any]
+    text_encoder: dict[str, Any]
+    text_encoder_2: dict[str, Any]
+    text_encoder_3: dict[str, Any]
+    transformer: dict[str, Any]
+    scheduler: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class PixArtRecipe(Recipe):
     """PixArt-alpha: a class-conditional DiT and the transformer made of it, between a given T5 and a given VAE."""
 
@@ -190,7 +264,7 @@ class PixArtRecipe(Recipe):
     transformer: dict[str, Any]
 
 
-SYSTEMS: dict[str, type[Recipe]] = {"kolors": KolorsRecipe, "pixart": PixArtRecipe}
+SYSTEMS: dict[str, type[Recipe]] = {"kolors": KolorsRecipe, "sd3": SD3Recipe, "pixart": PixArtRecipe}
 
 
 def load_recipe(recipe: str | Path) -> Recipe:

@@ -9,6 +9,8 @@ from torch import nn
 
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM, RMSNorm
+from kolors_fast.models.mmdit import MMDiT
+from kolors_fast.models.mmdit_blocks import Modulation
 from kolors_fast.models.unet import KolorsUNet
 
 
@@ -20,6 +22,23 @@ def zero_residual_branches(unet: KolorsUNet) -> None:
             module.weight.zero_()
             if module.bias is not None:
                 module.bias.zero_()
+
+
+@torch.no_grad()
+def draw_mmdit(mmdit: MMDiT) -> None:
+    """Weights as a diffusion transformer begins with (Peebles & Xie 2022): blocks do nothing, and it predicts zero."""
+    for layer in mmdit.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1))
+            assert layer.bias is not None
+            layer.bias.zero_()
+    for layer in mmdit.time_text_embed.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+    for layer in mmdit.modules():
+        if isinstance(layer, Modulation):
+            layer.linear.weight.zero_()
+    mmdit.proj_out.weight.zero_()
 
 
 @torch.no_grad()

@@ -11,13 +11,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .config import KolorsRecipe, PixArtRecipe, Recipe, load_recipe
+from .config import KolorsRecipe, PixArtRecipe, Recipe, SD3Recipe, load_recipe
 from .kolors import KolorsSession
 from .parallel import World
 from .pixart import PixArtSession
+from .sd3 import SD3Session
 from .session import Session
 
-SESSIONS: dict[type[Recipe], type[Session]] = {KolorsRecipe: KolorsSession, PixArtRecipe: PixArtSession}
+SESSIONS: dict[type[Recipe], type[Session]] = {
+    KolorsRecipe: KolorsSession,
+    SD3Recipe: SD3Session,
+    PixArtRecipe: PixArtSession,
+}
 
 
 def train_command(

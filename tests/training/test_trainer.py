@@ -114,7 +114,7 @@ def test_learning_rate_schedule(tmp_path):
 
 
 def test_autoencoder_learns(tmp_path):
-    stage = replace(STAGE, steps=60, learning_rate=1e-2, decay=10, sizes=((32, 32),), batch=4)
+    stage = replace(STAGE, steps=60, learning_rate=4e-3, decay=10, sizes=((32, 32),), batch=4)
     run = trainer(tmp_path, stage)
     losses = [run.train_step() for _ in range(60)]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])

@@ -212,6 +212,11 @@ def phrase(request: Request, rng: np.random.Generator, language: str) -> str:
     return text
 
 
+def words(language: str) -> tuple[str, ...]:
+    """All words by which captions in "en" or "zh" name colours, shapes, sizes and places."""
+    return tuple(dict.fromkeys(word for words in _WORDS[language].values() for word in words))
+
+
 def parse(prompt: str) -> Request | None:
     """What a prompt in the words of these captions asserts; None where it is not understood."""
     text = prompt.strip().rstrip(".。").lower()

@@ -1,0 +1,182 @@
+"""What the MM-DiT's training minimises: the velocity of a rectified flow, or, to compare, the noise of a diffusion."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kolors_fast.models.autoencoder_kl import AutoencoderKL
+from kolors_fast.models.mmdit import MMDiT
+from kolors_fast.pipelines.sd3_text import SD3TextEncoders, SD3TextParts, drop_sd3_features, read_sd3_parts
+from kolors_fast.schedulers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from kolors_fast.schedulers.rectified_flow import interpolate, parse_density, shift_timestep, velocity_target
+
+from .config import DenoiserStage, EpsilonLinearStage, RectifiedFlowStage
+from .monitor import GUIDANCE, judge_prompts
+from .objectives import add_noise, alpha_bar
+from .pool import LatentPool
+from .streams import Streams
+
+STEPS = 25  # of what is drawn to be judged
+TRAIN_STEPS = 1000  # timesteps that the model is told go up to here
+_AT_ONCE = 256
+
+Sampler = FlowMatchEulerDiscreteScheduler | DDIMScheduler
+
+
+@dataclass(frozen=True)
+class SD3Captions(SD3TextParts):
+    """M captions, the three encoders' outputs apart, fp16."""
+
+    def gather(self, which: Tensor) -> SD3TextParts:
+        """Captions `which` [B], fp32."""
+        return SD3TextParts(*(getattr(self, part.name)[which].float() for part in fields(self)))
+
+
+def encode_parts(encoders: SD3TextEncoders, texts: Sequence[str]) -> SD3TextParts:
+    """What the encoders say of texts, T5's padded to its tokenizer's length; in full precision, as at inference."""
+    with torch.autocast("cpu", enabled=False):
+        return read_sd3_parts(encoders, [list(texts)] * 3, encoders.tokenizer_3.model_max_length)
+
+
+def encode_captions(encoders: SD3TextEncoders, texts: Sequence[str]) -> SD3Captions:
+    """As `encode_parts`, of many texts, as they are kept."""
+    parts = [encode_parts(encoders, texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)]
+    return SD3Captions(*(torch.cat([getattr(p, f.name).half() for p in parts]) for f in fields(SD3Captions)))
+
+
+class MMDiTObjective(ABC):
+    """mean (mmdit(z_t, t, text) - target)^2 over latents of the pool; a subclass says how z_t and target are made.
+
+    A share of the captions is replaced by the empty one, whose prediction is the negative one of classifier-free
+    guidance in this library and in diffusers. Beyond that, each encoder's output is zero for a share of the captions,
+    by a draw of its own (Esser et al. 2024, appendix B.3): a model so trained can do without some of them.
+    """
+
+    def __init__(
+        self,
+        mmdit: MMDiT,
+        vae: AutoencoderKL,
+        encoders: SD3TextEncoders,
+        pool: LatentPool,
+        stage: DenoiserStage,
+        streams: Streams,
+    ) -> None:
+        self.module, self.vae, self.encoders = mmdit, vae, encoders
+        self.pool, self.stage, self.streams = pool, stage, streams
+
+    @abstractmethod
+    def corrupt(self, latents: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents and noise [B, C, h, w] -> z_t, the timesteps [B] told to the model, and the target."""
+
+    @abstractmethod
+    def sampler(self) -> Sampler:
+        """What draws with a model trained so."""
+
+    def loss(self, step: int) -> Tensor:
+        rng, generator = self.streams.numpy(step), self.streams.torch(step)
+        bucket, items = self.pool.batch(step, self.stage.batch)
+        latents = bucket.latents[items].float()  # [B, C, h, w]
+        choice = torch.from_numpy(rng.integers(self.stage.captions, size=len(items)))
+        empty = torch.from_numpy(rng.random(len(items)) < self.stage.caption_dropout)
+        parts = drop_sd3_features(bucket.texts(items, choice, empty), self.stage.encoder_dropout, generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy, timesteps, target = self.corrupt(latents, noise, generator)
+        text = parts.join()
+        predicted = self.module(noisy, text.prompt_embeds, text.pooled_prompt_embeds, timesteps, return_dict=False)[0]
+        return (predicted.float() - target).square().mean()
+
+    def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        assert isinstance(averaged, MMDiT)
+
+        def draw(texts: list[str], generator: torch.Generator) -> Tensor:
+            return sample(averaged, self.encoders, self.sampler(), texts, generator, side=self.stage.area // 8)
+
+        return judge_prompts(draw, self.vae, folder / f"{step:06d}.png")
+
+
+class RectifiedFlowObjective(MMDiTObjective):
+    """z_t = (1 - t) x + t n, target n - x, t of the stage's density, shifted for the resolution; told is 1000 t."""
+
+    def __init__(
+        self,
+        mmdit: MMDiT,
+        vae: AutoencoderKL,
+        encoders: SD3TextEncoders,
+        pool: LatentPool,
+        stage: RectifiedFlowStage,
+        streams: Streams,
+    ) -> None:
+        super().__init__(mmdit, vae, encoders, pool, stage, streams)
+        self.density, self.shift = parse_density(stage.density), stage.shift
+
+    def corrupt(self, latents: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        t = shift_timestep(self.density.sample((len(latents),), generator), self.shift)
+        return interpolate(latents, noise, t), TRAIN_STEPS * t, velocity_target(latents, noise)
+
+    def sampler(self) -> Sampler:
+        return FlowMatchEulerDiscreteScheduler(shift=self.shift)
+
+
+class EpsilonLinearObjective(MMDiTObjective):
+    """z_t = sqrt(A_t) x + sqrt(1 - A_t) n, target n, t uniform over the 1000 steps of latent diffusion's schedule.
+
+    "eps/linear" of Esser et al. 2024: sqrt(beta) is linear from sqrt(0.00085) to sqrt(0.012); drawn by DDIM.
+    """
+
+    def __init__(
+        self,
+        mmdit: MMDiT,
+        vae: AutoencoderKL,
+        encoders: SD3TextEncoders,
+        pool: LatentPool,
+        stage: EpsilonLinearStage,
+        streams: Streams,
+    ) -> None:
+        super().__init__(mmdit, vae, encoders, pool, stage, streams)
+        self.alpha_bar = alpha_bar(TRAIN_STEPS, beta_end=0.012)
+
+    def corrupt(self, latents: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        timesteps = torch.randint(TRAIN_STEPS, (len(latents),), generator=generator)
+        return add_noise(latents, noise, self.alpha_bar[timesteps]), timesteps, noise
+
+    def sampler(self) -> Sampler:
+        return DDIMScheduler(
+            num_train_timesteps=TRAIN_STEPS,
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="trailing",  # from pure noise
+            clip_sample=False,
+            set_alpha_to_one=True,
+        )
+
+
+@torch.no_grad()
+def sample(
+    mmdit: MMDiT,
+    encoders: SD3TextEncoders,
+    scheduler: Sampler,
+    texts: list[str],
+    generator: torch.Generator,
+    *,
+    side: int,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+) -> Tensor:
+    """Scaled latents [B, C, side, side] for the texts, with classifier-free guidance against the empty text."""
+    text = encode_parts(encoders, [""] * len(texts) + texts).join()
+    scheduler.set_timesteps(steps)
+    latents = torch.randn(len(texts), mmdit.config.in_channels, side, side, generator=generator)
+    for timestep in scheduler.timesteps:
+        both = torch.cat([latents, latents])
+        told = timestep.float().expand(len(both))
+        predicted = mmdit(both, text.prompt_embeds, text.pooled_prompt_embeds, told, return_dict=False)[0]
+        negative, positive = predicted.float().chunk(2)
+        latents = scheduler.step(negative + guidance * (positive - negative), timestep, latents)[0]
+    return latents

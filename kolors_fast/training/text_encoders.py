@@ -1,0 +1,171 @@
+"""Trains small text encoders of CLIP's and T5's architecture, as transformers' classes, on captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kolors_fast.data.shapes import caption, sample_training
+from kolors_fast.data.shapes.scene import REQUEST_PARTS, Request, request_parts
+from kolors_fast.data.shapes.split import CATEGORIES
+from kolors_fast.pipelines.text_encoders import tokenize
+
+from .config import TextEncoderStage
+from .monitor import validation_prompts
+from .objectives import next_token_loss
+from .streams import Streams
+
+
+def make_clip(tokenizer: Any, config: Mapping[str, Any]) -> Any:
+    """A CLIPTextModelWithProjection with fresh weights, for a tokenizer's vocabulary and length."""
+    transformers = import_transformers()
+    settings = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**settings, **config))
+
+
+def make_t5(tokenizer: Any, config: Mapping[str, Any]) -> Any:
+    """A T5EncoderModel with fresh weights, of version 1.1 (gated GELU)."""
+    transformers = import_transformers()
+    settings = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "dropout_rate": 0.0}
+    version = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "is_encoder_decoder": False}
+    return transformers.T5EncoderModel(transformers.T5Config(**settings, **version, use_cache=False, **config))
+
+
+def import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "the text encoders of this system need transformers: pip install 'kolors-fast[text]'"
+        ) from error
+    return transformers
+
+
+class _Reader(nn.Module):
+    """An encoder, with one linear layer that reads a request off its pooled state, and one that names tokens."""
+
+    def __init__(self, model: Any, width: int, pooled: int) -> None:
+        super().__init__()
+        self.model = model
+        self.parts = nn.Linear(pooled, sum(map(len, REQUEST_PARTS)))
+        self.names = nn.Linear(width, model.config.vocab_size, bias=False)
+        for layer in (self.parts, self.names):
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def read(self, pooled: Tensor) -> tuple[Tensor, ...]:
+        """[B, pooled] -> logits [B, n] for each part of the request."""
+        return self.parts(pooled).split([len(part) for part in REQUEST_PARTS], dim=1)
+
+
+class ClipReader(_Reader):
+    """Next-token logits [B, S, V] and logits of the request's parts, off the projection of the end token's state."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, model.config.hidden_size, model.config.projection_dim)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output = self.model(ids)  # causal: pads follow all that is read
+        return self.names(output.last_hidden_state), self.read(output.text_embeds)
+
+
+class T5Reader(_Reader):
+    """Logits of all tokens [B, S, V] and of the request's parts, off the mean state of the real tokens."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, model.config.d_model, model.config.d_model)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        states = self.model(ids, attention_mask=mask).last_hidden_state
+        real = (ids != self.model.config.pad_token_id)[..., None]
+        return self.names(states), self.read((states * real).sum(1) / real.sum(1))
+
+
+class TextEncoderObjective:
+    """What CLIP and T5 share: captions, what they ask for, and how many held-out ones are read right."""
+
+    module: ClipReader | T5Reader
+
+    def __init__(self, tokenizer: Any, stage: TextEncoderStage, streams: Streams) -> None:
+        self.tokenizer, self.stage, self.streams = tokenizer, stage, streams
+
+    def captions(self, step: int) -> list[tuple[str, Request]]:
+        """The step's captions, and what each asserts."""
+        rng = self.streams.numpy(step)
+        return [caption(sample_training(rng)[0], rng) for _ in range(self.stage.batch)]
+
+    def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """ids and mask [B, S], padded as the denoiser's are."""
+        return tokenize(self.tokenizer, texts, self.tokenizer.model_max_length, self.stage.component)
+
+    def reading_loss(self, of_parts: tuple[Tensor, ...], requests: list[Request]) -> Tensor:
+        parts = torch.tensor([request_parts(request) for request in requests])
+        losses = [F.cross_entropy(one.float(), parts[:, k]) for k, one in enumerate(of_parts)]
+        return self.stage.reading_weight * torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """How many held-out captions are read right, and the size of what the denoiser reads."""
+        assert isinstance(averaged, ClipReader | T5Reader)
+        prompts = validation_prompts(200)
+        ids, mask = self.tokens([one.prompt for one in prompts])
+        figures = {}
+        for name, seen in (("", None), (" behind a mask", mask)):
+            read = torch.stack([one.argmax(1) for one in averaged(ids, seen)[1]], dim=1)
+            right = (read == torch.tensor([request_parts(one.request) for one in prompts])).all(1).tolist()
+            for category in CATEGORIES:
+                chosen = [ok for ok, one in zip(right, prompts, strict=True) if one.category == category]
+                figures[f"{category} read right{name}"] = float(np.mean(chosen))
+            if isinstance(averaged, ClipReader):
+                break  # which has no mask
+        states = averaged.model(ids, output_hidden_states=True)
+        seen_states = states.hidden_states[-2] if isinstance(averaged, ClipReader) else states.last_hidden_state
+        return figures | {"rms of states": float(seen_states.square().mean().sqrt())}
+
+
+class ClipObjective(TextEncoderObjective):
+    """Cross-entropy of the next token, the end's included, and of what the caption asks for."""
+
+    def __init__(self, model: Any, tokenizer: Any, stage: TextEncoderStage, streams: Streams) -> None:
+        super().__init__(tokenizer, stage, streams)
+        self.module = ClipReader(model)
+
+    def loss(self, step: int) -> Tensor:
+        captions = self.captions(step)
+        ids, mask = self.tokens([text for text, _ in captions])
+        logits, of_parts = self.module(ids)
+        following = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        return next_token_loss(logits[:, :-1], following) + self.reading_loss(of_parts, [r for _, r in captions])
+
+
+class T5Objective(TextEncoderObjective):
+    """Cross-entropy of masked tokens, for which `<unk>` stands, and of what the whole caption asks for.
+
+    The pads of every second batch are hidden behind an attention mask, as PixArt does; SD3 lets T5 read them.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, stage: TextEncoderStage, streams: Streams) -> None:
+        super().__init__(tokenizer, stage, streams)
+        self.module = T5Reader(model)
+
+    def loss(self, step: int) -> Tensor:
+        captions = self.captions(step)
+        ids, mask = self.tokens([text for text, _ in captions])
+        drawn = torch.rand(ids.shape, generator=self.streams.torch(step))
+        hidden = (drawn < self.stage.masked) & (mask == 1)
+        seen = mask if step % 2 else None
+        guesses, _ = self.module(ids.masked_fill(hidden, self.tokenizer.unk_token_id), seen)
+        _, of_parts = self.module(ids, seen)
+        targets = ids.masked_fill(~hidden, -100)
+        return next_token_loss(guesses, targets) + self.reading_loss(of_parts, [r for _, r in captions])
