@@ -284,7 +284,7 @@ class MMDiT(PretrainedModel):
                 prompts; up to the first block that they bypass they are the same, and are computed once.
         """
         blocks, rows = self.transformer_blocks, len(sample) - (skipped or 0)
-        _check_skips(skip_layers, len(blocks), skipped, control)
+        _check_skips(skip_layers, len(blocks), skipped, rows, control)
         _check_rows(cond.prompt, rows)
         image, text = Stream(self.pos_embed(sample[:rows])), Stream(cond.prompt.context)
         every = _with_skipped(cond, skipped) if skipped else cond
@@ -388,10 +388,14 @@ def _with_skipped(cond: Conditioning, skipped: int) -> Conditioning:
     return cond._replace(modulations={m: torch.cat([v, v[-skipped:]]) for m, v in cond.modulations.items()})
 
 
-def _check_skips(skip_layers: Sequence[int], count: int, skipped: int | None, control: Any) -> None:
-    if not set(skip_layers) <= set(range(count)):
-        raise ValueError(f"skip_layers: expected numbers from 0 to {count - 1}, got {list(skip_layers)}")
-    if skipped is not None and not skip_layers:
+def _check_skips(layers: Sequence[int], count: int, skipped: int | None, rows: int, control: Any) -> None:
+    if not set(layers) <= set(range(count)):
+        raise ValueError(f"skip_layers: expected numbers from 0 to {count - 1}, got {list(layers)}")
+    if skipped is None:
+        return
+    if not 1 <= skipped <= rows:
+        raise ValueError(f"skipped: expected 1 to {(rows + skipped) // 2} of {rows + skipped} samples, got {skipped}")
+    if not layers:
         raise ValueError(f"skip_layers: expected those that {skipped} samples bypass, got none")
-    if skipped is not None and control is not None:
+    if control is not None:
         raise ValueError("control: expected None beside samples that bypass layers, got residuals")

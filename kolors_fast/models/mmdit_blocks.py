@@ -40,8 +40,9 @@ class Stream(NamedTuple):
         return add_and_modulate(self.x, self.y, self.gate, scale, shift)
 
     def sum(self) -> Tensor:
-        if self.y is None or self.gate is None:
+        if self.y is None:
             return self.x
+        assert self.gate is not None
         return torch.addcmul(self.x, self.gate[:, None], self.y)
 
 
@@ -147,13 +148,12 @@ class JointAttention(Attention):
 
     def _attend_in_place(self, x: Tensor, context: Tensor) -> tuple[Tensor, Any]:
         """The output for the picture, and the attention's result for the text."""
-        (batch, tokens, dim), layers = x.shape, self._text_layers()
+        batch, tokens, dim = x.shape
         if self.norm_q is None:
             joint = x.new_empty(batch, tokens + context.shape[1], 3 * dim)
             _products_into(joint[:, :tokens], x, *self._joined.of(self._layers()))
-            joint[:, tokens:, -len(layers) * dim :] = linear(
-                context, *self._joined_added.of(layers)
-            )  # few rows: a copy
+            text = linear(context, *self._joined_added.of(self._text_layers()))
+            joint[:, tokens:, -text.shape[-1] :] = text  # few rows: a copy
             q, k, v = self._split_heads(joint.split(dim, dim=-1))
             q = q[:, :tokens] if self.to_add_out is None else q
         else:  # the norms write them to one place

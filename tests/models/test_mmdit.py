@@ -492,6 +492,9 @@ def test_bad_skips_are_refused() -> None:
         ours.denoise(torch.zeros(3, 4, 8, 8), cond, skipped=1)
     with pytest.raises(ValueError, match="control: expected None beside samples that bypass layers"):
         ours.denoise(torch.zeros(3, 4, 8, 8), cond, [torch.zeros(2, 16, 36)], skip_layers=[0], skipped=1)
+    for skipped in (0, 2):
+        with pytest.raises(ValueError, match=f"skipped: expected 1 to 1 of 3 samples, got {skipped}"):
+            ours.denoise(torch.zeros(3, 4, 8, 8), cond, skip_layers=[0], skipped=skipped)
     with pytest.raises(ValueError, match="encoder_hidden_states: expected 3 rows, got 2"):
         ours.denoise(torch.zeros(4, 4, 8, 8), cond, skip_layers=[0], skipped=1)
 
