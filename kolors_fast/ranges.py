@@ -18,10 +18,22 @@ import nvtx
 import torch
 from torch import nn
 
-from .models import attention, autoencoder_kl, autoencoder_kl_tiles, chatglm, layers, unet_blocks
+from .models import (
+    attention,
+    autoencoder_kl,
+    autoencoder_kl_tiles,
+    chatglm,
+    dit_layers,
+    layers,
+    mmdit_blocks,
+    pixart_blocks,
+    unet_blocks,
+)
+from .models.mmdit import MMDiT
+from .models.pixart import PixArtTransformer
 from .models.unet import KolorsUNet
 from .ops._operator import Operator
-from .pipelines import kolors, pipeline, pixart, sd3
+from .pipelines import kolors, pipeline, pixart, sd3, sd3_text
 
 DOMAIN = "kolors_fast"
 BLOCKS = (
@@ -31,6 +43,10 @@ BLOCKS = (
     unet_blocks.Transformer,
     unet_blocks.TransformerBlock,
     unet_blocks.FeedForward,
+    mmdit_blocks.JointBlock,
+    mmdit_blocks.Attention,
+    pixart_blocks.TransformerBlock,
+    dit_layers.FeedForward,
     attention.Attention,
     layers.ResnetBlock,
     layers.Downsample,
@@ -43,6 +59,10 @@ BLOCKS = (
 MODELS = (
     (KolorsUNet, "denoise", "unet"),
     (KolorsUNet, "plan_steps", "unet.plan_steps"),
+    (MMDiT, "denoise", "transformer"),
+    (MMDiT, "plan_steps", "transformer.plan_steps"),
+    (PixArtTransformer, "denoise", "transformer"),
+    (PixArtTransformer, "plan_steps", "transformer.plan_steps"),
     (chatglm.ChatGLM, "forward", "text_encoder"),
     (chatglm.ChatGLM, "text_features", "text_encoder"),
     (chatglm.ChatGLM, "text_features_collapsed", "text_encoder"),
@@ -62,7 +82,8 @@ class nvtx_ranges:
             pipeline("红色圆形在蓝色方块左边")
 
     Ranges nest: text encoding > text_encoder > encoder.layers.0; step 0 > unet > up_blocks.0 >
-    up_blocks.0.attentions.1 > ... > geglu_linear; decode > vae.decode. They are in the domain "kolors_fast". The
+    up_blocks.0.attentions.1 > ... > geglu_linear; step 0 > transformer > transformer_blocks.3 >
+    transformer_blocks.3.attn > qk_norm_attention; decode > vae.decode. They are in the domain "kolors_fast". The
     environment variable KOLORS_FAST_NVTX=1 switches them on at import. Pictures are the same bit for bit.
     """
 
@@ -84,6 +105,10 @@ class nvtx_ranges:
 def _install() -> None:
     for kind in (kolors.KolorsPipeline, sd3.SD3Pipeline, pixart.PixArtPipeline):
         _swap(kind, "_read", _ranged("text encoding"))
+    # around encoders of another library, whose classes are its own
+    _swap(sd3_text, "_read_clip", _ranged(lambda name: name))
+    _swap(sd3_text, "_read_t5", _ranged("text_encoder_3"))
+    _swap(pixart, "read_pixart_prompts", _ranged("text_encoder"))
     _swap(pipeline.Pipeline, "_decode", _ranged("decode"))
     _swap(pipeline, "denoise", _step_by_step)
     for model, method, name in MODELS:

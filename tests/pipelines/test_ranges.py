@@ -14,16 +14,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from kolors_fast import AutoencoderKL, KolorsPipeline, KolorsUNet, nvtx_ranges, use_backend
+from kolors_fast import (
+    AutoencoderKL,
+    KolorsPipeline,
+    KolorsUNet,
+    MMDiT,
+    PixArtPipeline,
+    PixArtTransformer,
+    SD3Pipeline,
+    nvtx_ranges,
+    use_backend,
+)
 from kolors_fast import ranges as installed
 from kolors_fast.cli import main
 from kolors_fast.models.layers import ResnetBlock
+from kolors_fast.models.mmdit_blocks import JointBlock
+from kolors_fast.models.pixart_blocks import TransformerBlock
 from kolors_fast.models.unet_blocks import UpBlock
 from kolors_fast.ops import SPECS, _backends
 from kolors_fast.ops._operator import Operator
 from kolors_fast.ops._spec import cast
 from kolors_fast.pipelines import pipeline as shared
+from kolors_fast.pipelines import pixart as pixart_pipeline
+from kolors_fast.pipelines import sd3_text
+from kolors_fast.pipelines.load import load_pipeline
 
+from . import test_pixart, test_sd3
 from .conftest import UNET, VAE
 
 
@@ -59,12 +75,29 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-def draw(pipeline: KolorsPipeline, **arguments: Any) -> Tensor:
+def draw(pipeline: Any, **arguments: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     drawn: Tensor = pipeline(
         "一张瓢虫的照片", num_inference_steps=2, generator=generator, output_type="pt", **arguments
     ).images
     return drawn
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return written(test_sd3, tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return written(test_pixart, tmp_path_factory.mktemp("pixart"))
+
+
+def written(system: Any, folder: Path) -> Any:
+    system.write_pipeline(folder)
+    pipeline = load_pipeline(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def test_the_ranges_of_a_picture(ours: KolorsPipeline, recorder: Recorder) -> None:
@@ -97,6 +130,55 @@ def test_the_ranges_of_a_picture(ours: KolorsPipeline, recorder: Recorder) -> No
         "decoder.up_blocks.0.upsamplers.0",
     ]
     assert recorder.inside(*first, "decoder.up_blocks.0.resnets.0") == ["group_norm_silu"] * 2
+
+
+def test_the_ranges_of_a_picture_by_sd3(sd3: Any, recorder: Recorder) -> None:
+    with nvtx_ranges():
+        draw(sd3)
+    assert recorder.open == []
+    assert recorder.outermost == ["text encoding", "step 0", "step 1", "decode"]
+    encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    assert recorder.inside("text encoding") == 2 * encoders  # the prompt, and the empty one
+    assert recorder.inside("step 0") == ["transformer.plan_steps", "transformer", "guided_step"]
+    assert recorder.inside("step 1") == ["transformer", "guided_step"]
+    blocks = [f"transformer_blocks.{i}" for i in range(4)]
+    assert recorder.inside("step 1", "transformer") == [*blocks, "gated_residual_ada_layer_norm"]
+    # the first has an attention of the picture by itself, too; the last ends the text
+    for block, layers in (
+        (blocks[0], ["attn", "ff_context", "attn2", "ff"]),
+        (blocks[1], ["attn", "ff_context", "ff"]),
+        (blocks[3], ["attn", "ff"]),
+    ):
+        inside = recorder.inside("step 1", "transformer", block)
+        assert [name.removeprefix(f"{block}.") for name in inside if name.startswith(block)] == layers
+        assert "gated_residual_ada_layer_norm" in inside
+        assert recorder.inside("step 1", "transformer", block, f"{block}.attn") == ["qk_norm_attention"]
+    assert recorder.inside("decode") == ["vae.decode"]
+
+
+def test_the_ranges_of_a_picture_by_pixart(pixart: Any, recorder: Recorder) -> None:
+    with nvtx_ranges():
+        draw(pixart)
+    assert recorder.open == []
+    assert recorder.outermost == ["text encoding", "step 0", "step 1", "decode"]
+    assert recorder.inside("text encoding") == ["text_encoder"] * 2
+    assert recorder.inside("step 0") == ["transformer.plan_steps", "transformer", "guided_step"]
+    assert recorder.inside("step 1") == ["transformer", "guided_step"]
+    blocks = [f"transformer_blocks.{i}" for i in range(3)]
+    assert recorder.inside("step 1", "transformer") == [*blocks, "gated_residual_ada_layer_norm"]
+    inside = [name.removeprefix(f"{blocks[1]}.") for name in recorder.inside("step 1", "transformer", blocks[1])]
+    norm = "gated_residual_ada_layer_norm"
+    assert inside == [norm, "attn1", "attn2", norm, "ff"]
+    assert "qk_norm_attention" in recorder.inside("step 1", "transformer", blocks[1], f"{blocks[1]}.attn1")
+    assert recorder.inside("decode") == ["vae.decode"]
+
+
+@pytest.mark.parametrize("system", ["sd3", "pixart"])
+def test_transformers_draw_the_same_bits(system: str, request: pytest.FixtureRequest) -> None:
+    pipeline = request.getfixturevalue(system)
+    plain = draw(pipeline)
+    with nvtx_ranges():
+        assert torch.equal(draw(pipeline), plain)
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -167,7 +249,10 @@ def test_an_interrupted_run_leaves_no_range_open(ours: KolorsPipeline, recorder:
 
 
 def test_nothing_is_there_while_off(ours: KolorsPipeline, recorder: Recorder) -> None:
-    owners = (Operator, ResnetBlock, UpBlock, KolorsUNet, AutoencoderKL, KolorsPipeline, shared.Pipeline, shared)
+    owners = (
+        Operator, ResnetBlock, UpBlock, JointBlock, TransformerBlock, KolorsUNet, MMDiT, PixArtTransformer,
+        AutoencoderKL, KolorsPipeline, SD3Pipeline, PixArtPipeline, shared.Pipeline, shared, sd3_text, pixart_pipeline,
+    )  # fmt: skip
     before = [dict(vars(owner)) for owner in owners]
     assert not installed._originals and UpBlock.__call__ is torch.nn.Module.__call__
     with nvtx_ranges():
