@@ -75,15 +75,20 @@ class Attention(nn.Module):
         k, v = keys_values  # [B, K, H, d]
         to_q = torch.unflatten(self.to_q.weight, 0, (self.heads, -1))  # [H, d, dim]
         to_out = torch.unflatten(self._out.weight, 1, (self.heads, -1))  # [dim, H, d]
-        keys = torch.einsum("hdc,bkhd->bchk", to_q, k * k.shape[-1] ** -0.5).flatten(2)
+        k = k * k.shape[-1] ** -0.5
+        keys = torch.einsum("hdc,bkhd->bchk", to_q, k).flatten(2)
         values = torch.einsum("bkhd,chd->bhkc", v, to_out).flatten(1, 2)
         bias = keys.new_zeros(1, k.shape[1]) if bias is None else bias.to(keys.dtype)
-        return folded(keys, values, bias.repeat(1, self.heads))
+        bias = bias.repeat(1, self.heads)
+        if self.to_q.bias is not None:
+            of_queries = torch.unflatten(self.to_q.bias, 0, (self.heads, -1))  # [H, d]
+            bias = bias + torch.einsum("hd,bkhd->bhk", of_queries, k).flatten(1)
+        return folded(keys, values, bias)
 
     def folds(self, keys: int) -> bool:
         """Whether `fold` takes fewer products. In 16 bit it would round the logits, and a GPU has not been measured."""
         to_q, out = self.to_q, self._out
-        if is_wrapped(to_q) or is_wrapped(out) or to_q.bias is not None or out.bias is None:
+        if is_wrapped(to_q) or is_wrapped(out) or out.bias is None:
             return False
         few = self.heads * keys <= to_q.weight.shape[0]
         ours = unavailable("cpu") is None

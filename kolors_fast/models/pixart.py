@@ -24,7 +24,7 @@ from .attention import Attention
 from .checkpoint import PretrainedModel, _check_state
 from .conditioning import Conditioning, PromptCache, State, Steps
 from .dit_layers import add_and_modulate, as_timesteps, modulated, unpatchify
-from .layers import Linear, use_channels_last
+from .layers import Linear, is_wrapped, use_channels_last
 from .lora import lora_scale, lora_scaled
 from .pixart_blocks import AdaLayerNormSingle, CaptionProjection, Left, PatchEmbedding, TransformerBlock
 from .pixart_conditioning import Captions, Prompt, masked, trimmed
@@ -385,9 +385,10 @@ class PixArtTransformer(PretrainedModel):
 
     def _text_layers(self) -> list[nn.Module]:
         """Whatever turns prompts into what the blocks read."""
-        layers: list[nn.Module] = [
-            layer for attention in self._cross_attentions() for layer in (attention.to_k, attention.to_v)
-        ]
+        layers: list[nn.Module] = []
+        for attention in self._cross_attentions():
+            folded = [layer for layer in (attention.to_q, attention.to_out[0]) if not is_wrapped(layer)]
+            layers += [attention.to_k, attention.to_v, *folded]
         if self.caption_projection is not None:
             layers += [self.caption_projection.linear_1, self.caption_projection.linear_2]
         if self.has_sizes:

@@ -116,13 +116,13 @@ class TransformerBlock(nn.Module):
         """x [B, N, D] and what the block before left to add to it; returns the same of this block."""
         shift1, scale1, gate1, shift2, scale2, gate2 = cond.modulations[self].chunk(6, dim=-1)
         x, h = (x, modulated(x, scale1, shift1)) if left is None else add_and_modulate(x, *left, scale1, shift1)
-        # the query of the cross-attention needs this sum by itself
-        x = torch.addcmul(x, gate1[:, None], self.attn1(h, bias=cond.self_bias)).to(x.dtype)
+        # the query of the cross-attention needs this sum by itself; it is fp32 where autocast left the gates so
+        x = torch.addcmul(x, gate1[:, None], self.attn1(h, bias=cond.self_bias))
         y = self.attn2(x, cond.prompt.of(self.attn2), bias=cond.prompt.bias)
-        x, h = add_and_modulate(x, y, None, scale2, shift2)
-        return x, (self.ff(h), gate2)
+        x, h = add_and_modulate(x, y.to(x.dtype), None, scale2, shift2)
+        return x, (self.ff(h).to(x.dtype), gate2)
 
     def whole(self, x: Tensor, cond: Conditioning) -> Tensor:
         """The block by itself, with nothing left to add: what checkpointing keeps is one tensor."""
         x, (y, gate) = self(x, None, cond)
-        return torch.addcmul(x, gate[:, None], y).to(x.dtype)
+        return torch.addcmul(x, gate[:, None], y)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._folded_attention import Folded
 from .attention import Attention, KeysValues
 
 # logits lowered by this much weigh nothing in any dtype; diffusers lowers those of pads by 10000
@@ -46,10 +47,10 @@ class Prompt:
         self._alive = None if alive is None else alive[:, None, None, None].to(text.dtype)
         self._kept = {attention: self._read(attention) for attention in readers}
 
-    def of(self, attention: Attention) -> KeysValues:
+    def of(self, attention: Attention) -> KeysValues | Folded:
         """What one cross-attention reads."""
         kept = self._kept.get(attention)
-        return self._read(attention) if kept is None else kept
+        return self._keys_values(attention) if kept is None else kept
 
     def tensors(self) -> list[Tensor | None]:
         """Everything that a step reads."""
@@ -63,10 +64,19 @@ class Prompt:
         copied.bias, copied.sizes, copied._alive = (
             None if tensor is None else tensor.clone() for tensor in (self.bias, self.sizes, self._alive)
         )
-        copied._kept = {attention: (k.clone(), v.clone()) for attention, (k, v) in self._kept.items()}
+        copied._kept = {
+            attention: Folded(*(t.clone() for t in read))
+            if isinstance(read, Folded)
+            else (read[0].clone(), read[1].clone())
+            for attention, read in self._kept.items()
+        }
         return copied
 
-    def _read(self, attention: Attention) -> KeysValues:
+    def _read(self, attention: Attention) -> KeysValues | Folded:
+        found = self._keys_values(attention)
+        return attention.fold(found, self.bias) if attention.folds(self.text.shape[1]) else found
+
+    def _keys_values(self, attention: Attention) -> KeysValues:
         k, v = attention.keys_values(self.text)
         return k, v if self._alive is None else v * self._alive
 

@@ -250,6 +250,21 @@ def test_bfloat16_is_not_worse_than_diffusers(name: str) -> None:
     assert error(ours) <= error(theirs)
 
 
+def test_autocast_trains() -> None:
+    (ours, theirs), arguments = pair({**SMALL, "num_layers": 6}), inputs(SMALL, size=(16, 16))
+    ours.train().enable_gradient_checkpointing()
+    mask = text_mask(2)
+    truth = copy.deepcopy(theirs).double()
+    wide = {k: arguments[k].double() for k in ("hidden_states", "encoder_hidden_states")}
+    with torch.no_grad():
+        want = truth(**{**arguments, **wide}, encoder_attention_mask=mask).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        got, other = (model(**arguments, encoder_attention_mask=mask).sample.double() for model in (ours, theirs))
+        got.square().mean().backward()
+    assert (got - want).square().mean() <= 1.1 * (other - want).square().mean()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+
+
 # ---- positions
 
 

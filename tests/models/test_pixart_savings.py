@@ -24,6 +24,7 @@ CONFIG: dict[str, Any] = {
     "caption_channels": 20,
     "sample_size": 8,
 }
+LENGTH = 40
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +47,11 @@ def pair() -> tuple[PixArtTransformer, nn.Module]:
 
 def inputs() -> dict[str, Any]:
     torch.manual_seed(1)
-    mask = torch.zeros(2, 30, dtype=torch.long)
-    mask[0, :7] = mask[1, :7] = 1
+    mask = torch.zeros(2, LENGTH, dtype=torch.long)
+    mask[:, :7] = 1  # few enough to be folded, unlike all
     return {
         "hidden_states": torch.randn(2, 4, 8, 8),
-        "encoder_hidden_states": torch.randn(2, 30, 20),
+        "encoder_hidden_states": torch.randn(2, LENGTH, 20),
         "timestep": torch.tensor([613, 613]),
         "encoder_attention_mask": mask,
     }
@@ -73,6 +74,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 # what a saving does away with: torch's function that runs more often without it
 REPLACED = {
     "prompt_cache": "mkldnn::_linear_pointwise",
+    "prompt_fold": "aten::scaled_dot_product_attention",
     "pad_collapse": "attention under a mask",
     "fused_qkv": "mkldnn::_linear_pointwise",
     "residual_norm": "aten::layer_norm",
@@ -105,13 +107,19 @@ def test_all_savings_off_is_plain_code() -> None:
 
 @torch.no_grad()
 def test_what_is_left_of_a_step() -> None:
-    """Six products a block: queries, keys and values; output; queries; output; up, with its GELU; down."""
+    """Products of a block: queries, keys and values; output; up, with its GELU; down. Two more read longer prompts."""
     ours, _ = pair()
-    found = calls(ours, inputs())
-    assert found["mkldnn::_linear_pointwise"] == 3 * 6 + 3 + 1  # time twice, shared modulation, proj_out
+    folded = calls(ours, inputs())
+    with kolors_fast.without("prompt_fold"):
+        found = calls(ours, inputs())
+    outside = 2 + 1 + 1  # time, shared modulation, proj_out
+    assert folded["mkldnn::_linear_pointwise"] == 3 * 4 + outside
+    assert found["mkldnn::_linear_pointwise"] == 3 * 6 + outside
+    assert folded["aten::scaled_dot_product_attention"] == 3
     assert found["aten::scaled_dot_product_attention"] == 3 * 2
-    assert found["aten::layer_norm"] == found["aten::gelu"] == 0
-    assert found["aten::addcmul"] == 3  # the one residual that is needed by itself
+    for one in (folded, found):
+        assert one["aten::layer_norm"] == one["aten::gelu"] == 0
+        assert one["aten::addcmul"] == 3  # the one residual that is needed by itself
 
 
 # ---- torch.compile
@@ -127,7 +135,7 @@ def test_a_compiled_denoiser_keeps_what_is_kept_of_prompts() -> None:
     counters = torch._dynamo.utils.counters
     counters.clear()
     ours.denoise = torch.compile(ours.denoise, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
-    for change in ({}, {"timestep": torch.tensor([3, 3])}, {"encoder_hidden_states": torch.randn(2, 30, 20)}):
+    for change in ({}, {"timestep": torch.tensor([3, 3])}, {"encoder_hidden_states": torch.randn(2, LENGTH, 20)}):
         given = {**arguments, **change}
         assert relative(ours(**given).sample, theirs(**given).sample) < 2e-6
     assert counters["stats"]["unique_graphs"] == 1
