@@ -45,7 +45,8 @@ def train_clip_tokenizer(recipe: TextTokenizerRecipe, seed: int, folder: Path, p
         for word in _CLIP_WORD.findall(text.lower()):
             *inner, last = chinese_words(word) if _HAN.match(word) else [word]
             counts.update(tuple(_bytes(character) for character in part) for part in inner)
-            counts[(*map(_bytes, last[:-1]), _bytes(last[-1]) + LAST)] += 1
+            ending = (*map(_bytes, last[:-1]), _bytes(last[-1]) + LAST)
+            counts[ending] += 1
     merges = list(_merges_of_bytes({character for word in counts for character in word}))
     merges += _merges_of_characters(counts)
     alphabet = list(_BYTES.values())
