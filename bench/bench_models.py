@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kolors_fast import AutoencoderKL, ChatGLM, ChatGLMTokenizer, KolorsPipeline, KolorsUNet, without
 from kolors_fast.assets import bundled
-from kolors_fast.benchmark import KOLORS_VAE
+from kolors_fast.benchmark_models import KOLORS_VAE
 from kolors_fast.models.conditioning import Conditioning
 from kolors_fast.models.unet_blocks import TransformerBlock
 from kolors_fast.models.unet_conditioning import Prompt, balanced, collapse_pads

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from bench_models import KOLORS_UNET
 
-from kolors_fast.benchmark import KOLORS_VAE
+from kolors_fast.benchmark_models import KOLORS_VAE
 from kolors_fast.pipelines.memory import plans
 
 CHATGLM = {

@@ -1,14 +1,16 @@
 """`kolors-fast bench`: whole pictures by kolors_fast, by pure PyTorch and by diffusers, in turns, on this machine.
 
 The providers have the same weights and draw the same pictures, and must agree with pure PyTorch before anything is
-timed. A step is the UNet's prediction with guidance and the sampler's update, as a pipeline runs them: the time from
-the end of the first step to the end of the last, divided by their number. The text encoder is ours in every row.
+timed. A step is the denoiser's prediction with guidance and the sampler's update, as a pipeline runs them: the time
+from the end of the first step to the end of the last, divided by their number. The text encoders, ours or those of
+transformers, are the same in every row.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import os
 import statistics
@@ -20,32 +22,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from .assets import bundled
+from .benchmark_models import CONFIGS, random_pipeline, random_text, system_of
 from .benchmark_report import provenance, table
-from .models.autoencoder_kl import AutoencoderKL
-from .models.chatglm import ChatGLM
-from .models.chatglm_tokenizer import ChatGLMTokenizer
 from .models.checkpoint import write_file
 from .models.layers import store_convolutions
-from .models.unet import KolorsUNet
 from .ops import use_backend
-from .pipelines.kolors import KolorsPipeline
+from .pipelines.load import load_pipeline
+from .pipelines.pipeline import Pipeline
 from .savings import SAVINGS, without
-from .schedulers import EulerDiscreteScheduler
 
 BASELINE = "pytorch"
 PROVIDERS = (BASELINE, "kolors_fast", "kolors_fast_graphs", "diffusers", "diffusers_compile")
-PROMPT = "红色圆形在蓝色方块左边"
-TOKENS, REAL_TOKENS = 256, 20  # of random text
-KOLORS_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "scaling_factor": 0.13025,
-}
 # how far pictures may be from pure PyTorch's: root mean square over the standard deviation of theirs. Rounding grows
 # along a trajectory, in float32 on a GPU that of TF32; the bundled model ends at 3e-6, 4e-3 and 5e-2 on a CPU
 AGREEMENT = {torch.float32: 0.03, torch.float16: 0.03, torch.bfloat16: 0.2}
@@ -67,11 +57,19 @@ class Provider:
         ends: list[float] = []
         last = asked["num_inference_steps"] - 1
 
-        def step_ended(_pipeline: Any, row: int, *_: Any) -> dict[str, Any]:
+        def step_ended(row: int) -> dict[str, Any]:
             if row in (0, last):  # to wait at each would keep the host from running ahead
                 _synchronise()
                 ends.append(time.perf_counter())
             return {}
+
+        # diffusers' PixArt pipelines have callbacks of an older kind only
+        older = "callback" in inspect.signature(self.pipeline.__call__).parameters
+        told: dict[str, Any] = (
+            {"callback": lambda row, *_: step_ended(row)}
+            if older
+            else {"callback_on_step_end": lambda _pipeline, row, *_: step_ended(row)}
+        )
 
         with ExitStack() as switches:
             switches.enter_context(warnings.catch_warnings())
@@ -82,7 +80,7 @@ class Provider:
             generator = torch.Generator().manual_seed(0)
             _synchronise()
             started = time.perf_counter()
-            drawn = self.pipeline(**asked, generator=generator, output_type="np", callback_on_step_end=step_ended)
+            drawn = self.pipeline(**asked, generator=generator, output_type="np", **told)
             whole = time.perf_counter() - started  # NumPy's pictures are on the host
         return np.asarray(drawn.images, dtype=np.float64), (ends[1] - ends[0]) / last, whole
 
@@ -126,19 +124,17 @@ def _checked(options: argparse.Namespace) -> tuple[bool, torch.device, torch.dty
     return device.type == "cuda", device, dtype
 
 
-def _pictures(
-    options: argparse.Namespace, device: torch.device, dtype: torch.dtype
-) -> tuple[KolorsPipeline, dict[str, Any]]:
+def _pictures(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Pipeline, dict[str, Any]]:
     """A pipeline that has not run, and the arguments of the pictures."""
     if options.config is None:
-        pipeline = KolorsPipeline.from_pretrained(
-            options.model, torch_dtype=dtype, variant=options.variant, device=device
-        )
-        asked: dict[str, Any] = {"prompt": [PROMPT] * options.batch}
+        pipeline = load_pipeline(options.model, torch_dtype=dtype, variant=options.variant, device=device)
+        text: dict[str, Any] = {"prompt": [system_of(pipeline).prompt] * options.batch}
     else:
-        pipeline = random_pipeline({}, KOLORS_VAE, device, dtype)
-        asked = random_text(pipeline.unet, options.batch)
-    return pipeline, asked | {
+        pipeline = random_pipeline(*CONFIGS[options.config], device, dtype)
+        text = random_text(pipeline, options.batch)
+    return pipeline, {
+        **text,
+        **system_of(pipeline).asked,
         "height": options.height,
         "width": options.width,
         "num_inference_steps": options.steps,
@@ -146,70 +142,45 @@ def _pictures(
     }
 
 
-def random_pipeline(
-    unet: dict[str, Any], vae: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> KolorsPipeline:
-    """UNet ({}: Kolors') and autoencoder with random weights, and a text encoder that nobody asks."""
-    torch.manual_seed(0)
-    with device:
-        models = {
-            "unet": KolorsUNet(**unet).to(dtype).eval(),
-            "vae": AutoencoderKL(**vae).to(dtype).eval(),
-            "text_encoder": ChatGLM(num_layers=1, padded_vocab_size=8, hidden_size=8, ffn_hidden_size=8).to(dtype),
-        }
-    tokenizer = ChatGLMTokenizer.from_pretrained(bundled("kolors-tiny"), subfolder="tokenizer")
-    scheduler = EulerDiscreteScheduler.from_pretrained(bundled("kolors-tiny"), subfolder="scheduler")
-    return KolorsPipeline(**models, tokenizer=tokenizer, scheduler=scheduler)  # type: ignore[arg-type]  # by name
-
-
-def random_text(unet: KolorsUNet, batch: int) -> dict[str, Any]:
-    """Features of prompts and of their negatives: pads, which are equal, then the states of real tokens."""
-    config, asked = unet.config, {}
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    for prefix in ("", "negative_"):
-        states = torch.randn(batch, TOKENS, config.encoder_hid_dim)
-        states[:, : TOKENS - REAL_TOKENS] = states[:, :1]
-        asked[f"{prefix}prompt_embeds"] = states.to(unet.device, unet.dtype)
-        asked[f"{prefix}pooled_prompt_embeds"] = torch.randn(batch, pooled).to(unet.device, unet.dtype)
-    return asked
-
-
-def _enter(name: str, pipeline: KolorsPipeline, on_gpu: bool) -> Provider | str:
-    """A provider with an own UNet and autoencoder, whose layouts and caches are its own; or why it cannot run."""
+def _enter(name: str, pipeline: Pipeline, on_gpu: bool) -> Provider | str:
+    """A provider with an own denoiser and autoencoder, whose layouts and caches are its own; or why it cannot run."""
     parts = pipeline.components
     if name == "kolors_fast_graphs" and not on_gpu:
         return "CUDA graphs need a CUDA device"
     if name.startswith("diffusers"):
         try:
-            own = _diffusers_pipeline(parts, compiled=name == "diffusers_compile")
+            own: Any = _diffusers_pipeline(pipeline, compiled=name == "diffusers_compile")
         except (ImportError, RuntimeError) as error:  # the second where diffusers imports a part at its first use
             return f"cannot run: {str(error).strip().splitlines()[0]}"
     else:
-        own = KolorsPipeline(**parts | {part: copy.deepcopy(parts[part]) for part in ("unet", "vae", "scheduler")})
+        copied = {part: copy.deepcopy(parts[part]) for part in (pipeline.denoiser_name, "vae", "scheduler")}
+        own = type(pipeline)(**parts | copied)
         if name == "kolors_fast_graphs":
             own.enable_cuda_graphs()
         if name == BASELINE:  # as plain code has them; anew in its first picture, they would count twice
-            store_convolutions(own.unet, torch.contiguous_format)
+            store_convolutions(own.denoiser, torch.contiguous_format)
     own.set_progress_bar_config(disable=True)
-    models = (parts[part] for part in ("unet", "vae", "text_encoder"))
+    models = (part for part in parts.values() if isinstance(part, nn.Module))
     weights = sum(tensor.nbytes for model in models for tensor in (*model.parameters(), *model.buffers()))
     return Provider(own, weights, plain=not name.startswith("kolors_fast"))
 
 
-def _diffusers_pipeline(parts: dict[str, Any], *, compiled: bool) -> Any:
+def _diffusers_pipeline(pipeline: Pipeline, *, compiled: bool) -> Any:
+    """diffusers' own pipeline, denoiser, autoencoder and scheduler, on the same weights."""
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
-    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
-    theirs = {}
-    for part, kind in kinds.items():
-        with parts[part].device:
-            theirs[part] = kind.from_config(dict(parts[part].config)).to(parts[part].dtype).eval()
-        theirs[part].load_state_dict(parts[part].state_dict())
+    parts, theirs = pipeline.components, {}
+    for name in (pipeline.denoiser_name, "vae"):
+        model = parts[name]
+        with model.device:
+            kind = getattr(diffusers, model.diffusers_name or type(model).__name__)
+            theirs[name] = kind.from_config(dict(model.config)).to(model.dtype).eval()
+        theirs[name].load_state_dict(model.state_dict())
     if compiled:
-        theirs["unet"] = torch.compile(theirs["unet"])
+        theirs[pipeline.denoiser_name] = torch.compile(theirs[pipeline.denoiser_name])
     scheduler = getattr(diffusers, type(parts["scheduler"]).__name__).from_config(dict(parts["scheduler"].config))
-    return diffusers.KolorsPipeline(**parts | theirs | {"scheduler": scheduler})
+    return getattr(diffusers, pipeline.index_name)(**parts | theirs | {"scheduler": scheduler})
 
 
 def _agree(providers: dict[str, Provider], asked: dict[str, Any], dtype: torch.dtype, on_gpu: bool) -> tuple[int, ...]:

@@ -76,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
     bench.add_argument("--model", help="bundled name, folder or hub id; default on a CPU: kolors-tiny")
     bench.add_argument("--variant", help="file variant of the weights, such as fp16")
-    bench.add_argument("--config", choices=["kolors"], help="random weights; default on CUDA: kolors")
+    configs = ["kolors", "sd3-medium", "sd3.5-medium", "pixart-xl2-1024", "sd3-small", "pixart-small"]
+    bench.add_argument("--config", choices=configs, help="random weights; default on CUDA: kolors")
     bench.add_argument("--steps", type=int, default=25, help="default: 25")
     bench.add_argument("--batch", type=int, default=1, help="pictures in one call; default: 1")
     bench.add_argument("--height", type=int)

@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from kolors_fast import benchmark, savings
+from kolors_fast.benchmark_models import CONFIGS, random_pipeline, random_text
 from kolors_fast.cli import main
 from kolors_fast.models import unet_blocks
+from kolors_fast.models.checkpoint import Config
 from kolors_fast.ops._backends import forced
 
+from . import test_pixart, test_sd3
 from .conftest import UNET, VAE
 
 QUICK = ["bench", "--device", "cpu", "--steps", "2", "--height", "64", "--width", "64"]
@@ -85,21 +88,82 @@ def test_no_cuda_device_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> N
     assert "--device: expected cpu, for torch sees no CUDA device, got 'cuda'" in capsys.readouterr().err
 
 
-def test_random_weights_agree_and_read_short_prompts() -> None:
-    pipeline = benchmark.random_pipeline(UNET, VAE, CPU, torch.float32)
-    text = benchmark.random_text(pipeline.unet, 2)
-    asked = {**text, "height": 32, "width": 32, "num_inference_steps": 2}
+NARROW: dict[str, dict[str, Any]] = {  # instead of the sizes of a config
+    "kolors": UNET,
+    "sd3-medium": {**test_sd3.TRANSFORMER, "dual_attention_layers": (), "qk_norm": None},
+    "sd3.5-medium": test_sd3.TRANSFORMER,
+    "pixart-xl2-1024": {**test_pixart.TRANSFORMER, "use_additional_conditions": False},
+    "sd3-small": {**test_sd3.TRANSFORMER, "dual_attention_layers": (), "qk_norm": None},
+    "pixart-small": {**test_pixart.TRANSFORMER, "use_additional_conditions": False},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_random_weights_agree(config: str) -> None:
+    system, denoiser, vae = CONFIGS[config]
+    small = {name: value for name, value in VAE.items() if name not in ("latent_channels", "scaling_factor")}
+    pipeline = random_pipeline(system, {**denoiser, **NARROW[config]}, {**vae, **small}, CPU, torch.float32)
+    name = pipeline.denoiser_name
+    asked = {**random_text(pipeline, 2), **system.asked, "height": 32, "width": 32, "num_inference_steps": 2}
     entered = {name: benchmark._enter(name, pipeline, False) for name in ("pytorch", "kolors_fast", "diffusers")}
     providers = {name: entry for name, entry in entered.items() if isinstance(entry, benchmark.Provider)}
     assert len(providers) == 3
-    assert providers["pytorch"].pipeline.unet.conv_out.weight.is_contiguous()  # else laid out anew in its first picture
-    assert not providers["kolors_fast"].pipeline.unet.conv_out.weight.is_contiguous()
+    assert type(getattr(providers["diffusers"].pipeline, name)).__module__.startswith("diffusers.")
     benchmark._agree(providers, asked, torch.float32, False)
-    states = text["prompt_embeds"]
-    assert states.shape == (2, 256, 32) and len(states[0].unique(dim=0)) == 21  # 20 tokens and the pad
-    first, second = (provider.pipeline.unet.state_dict() for name, provider in list(providers.items())[:2])
+    models = [getattr(providers[provider].pipeline, name) for provider in ("pytorch", "kolors_fast")]
+    first, second = (model.state_dict() for model in models)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(first[name].data_ptr() != second[name].data_ptr() for name in first)
+    if config == "kolors":
+        assert models[0].conv_out.weight.is_contiguous()  # else laid out anew in its first picture
+        assert not models[1].conv_out.weight.is_contiguous()
+
+
+def test_random_prompts_are_short() -> None:
+    kolors, sd3, pixart = (
+        CONFIGS[name][0].text(Config(**config), 2)
+        for name, config in (
+            ("kolors", UNET), ("sd3-medium", test_sd3.TRANSFORMER), ("pixart-small", test_pixart.TRANSFORMER),
+        )
+    )  # fmt: skip
+    states = kolors["prompt_embeds"]
+    assert states is not None and states.shape == (2, 256, 32)
+    assert len(states[0].unique(dim=0)) == 21  # 20 tokens and the pad
+    states = sd3["prompt_embeds"]
+    assert states is not None and states.shape == (2, 333, 32)
+    masks = (pixart["prompt_attention_mask"], pixart["negative_prompt_attention_mask"])
+    assert [mask.sum(1).tolist() for mask in masks if mask is not None] == [[20, 20], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [("sd3-medium", 2_028_328_000), ("sd3.5-medium", 2_243_171_520), ("pixart-xl2-1024", 611_349_152)],
+)
+def test_random_models_have_the_released_sizes(config: str, count: int) -> None:
+    system, denoiser, _ = CONFIGS[config]
+    model = system.pipeline.parts[system.pipeline.denoiser_name].ours.empty(denoiser)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_the_command_knows_the_configs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert f"--config {{{','.join(CONFIGS)}}}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("module", [test_sd3, test_pixart], ids=["sd3", "pixart"])
+@pytest.mark.filterwarnings("ignore:text_encoder")
+def test_folders_of_the_other_systems(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are recognised, and prompts are read; diffusers' PixArt tells the end of a step in its own way."""
+    module.write_pipeline(tmp_path / "model")
+    capsys.readouterr()
+    asked = ["--device", "cpu", "--steps", "3", "--height", "32", "--width", "32", "--rounds", "1", "--batch", "2"]
+    assert main(["bench", "--model", str(tmp_path / "model"), *asked, "-o", str(tmp_path / "out.json")]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    report["providers"].pop("kolors_fast_graphs")
+    assert list(report["providers"]) == ["pytorch", "kolors_fast", "diffusers"]
+    assert all(0 < row["step_ms"][0] < 1e3 * row["picture_s"][0] for row in report["providers"].values())
+    assert report["pictures"] == "2 of 32x32, 3 steps, guidance 5"
 
 
 @pytest.mark.parametrize("plain", [False, True])
