@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"kolors-fast: interrupted{f': {stopped}' if str(stopped) else ''}", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         # the library states what is wrong in one sentence; of anything longer the first line is the statement
         print(f"kolors-fast: {str(error).strip().splitlines()[0] if str(error) else repr(error)}", file=sys.stderr)
         return 1

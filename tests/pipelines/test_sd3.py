@@ -45,7 +45,8 @@ VAE: dict[str, Any] = {  # 16 channels, without the 1x1 convolutions, scaled and
     "use_post_quant_conv": False,
 }
 CALL = {"num_inference_steps": 4, "max_sequence_length": 9}  # of which prompts lose their ends
-SKIP = {"skip_guidance_layers": [1, 2], "skip_layer_guidance_stop": 0.8}
+# of 4 steps the one between 1 and 3, both exclusive
+SKIP = {"skip_guidance_layers": [1, 2], "skip_layer_guidance_start": 0.25, "skip_layer_guidance_stop": 0.75}
 ALL = tuple(savings.SAVINGS)
 pytestmark = pytest.mark.filterwarnings("ignore:text_encoder_3. the prompt has")
 
