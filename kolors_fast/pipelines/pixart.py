@@ -54,6 +54,8 @@ class PixArtPipeline(Pipeline):
     _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds", "prompt_attention_mask"]
 
     transformer: PixArtTransformer
+    tokenizer: Any
+    text_encoder: Any
 
     def __init__(
         self,

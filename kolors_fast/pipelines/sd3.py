@@ -75,6 +75,7 @@ class SD3Pipeline(Pipeline):
     _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds", "pooled_prompt_embeds"]
 
     transformer: MMDiT
+    tokenizer_3: Any
 
     def __init__(
         self,
@@ -309,7 +310,7 @@ class SD3Pipeline(Pipeline):
     def _prompt(self, tensors: dict[str, Tensor], dtype: torch.dtype, _keys_multiple: int) -> Prompt:
         return self.transformer.read_prompt(tensors["prompt_embeds"], tensors["pooled_prompt_embeds"], dtype)
 
-    def _shift(self, height: int, width: int, mu: float | None) -> dict[str, float]:
+    def _shift(self, height: int, width: int, mu: float | None) -> dict[str, Any]:
         """mu for `set_timesteps`: as asked, or that of so many patches where the scheduler shifts by them."""
         config = self.scheduler.config
         if mu is None and config.get("use_dynamic_shifting"):
