@@ -23,7 +23,7 @@ from .dit_layers import TIME_DIM, PatchProjection, as_timesteps, position_table,
 from .layers import Linear, TimestepEmbedding
 from .lora import lora_scale, lora_scaled
 from .mmdit_blocks import Attention, JointBlock, Modulation, Stream
-from .unet import AttentionProcessor
+from .processors import AttentionProcessor, check_processors
 
 SIZES = (
     "sample_size",
@@ -346,15 +346,8 @@ class MMDiT(PretrainedModel):
         return {f"{name}.processor": AttentionProcessor() for name in self._attentions()}
 
     def set_attn_processor(self, processor: Any) -> None:
-        """Accept a processor, or a dict of one per layer, that stands for plain joint attention; refuse any other."""
-        processors = processor if isinstance(processor, Mapping) else {"all": processor}
-        for name, item in processors.items():
-            kind = type(item).__name__
-            if kind not in ("AttentionProcessor", "JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"):
-                raise ValueError(
-                    f"set_attn_processor: {name}: expected plain joint attention (JointAttnProcessor2_0), which this "
-                    f"model computes itself, got {kind}"
-                )
+        """Accept what stands for plain joint attention, see `check_processors`."""
+        check_processors(processor, ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"))
 
 
 def _check(config: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from .lora import lora_scale, lora_scaled
 from .pixart_blocks import AdaLayerNormSingle, CaptionProjection, Left, PatchEmbedding, TransformerBlock
 from .pixart_conditioning import Captions, Prompt, masked, trimmed
 from .pixart_original import NULL_CAPTION, from_original, read_file, to_original
-from .unet import AttentionProcessor, KolorsUNet
+from .processors import AttentionProcessor, check_processors
 from .unet_conditioning import filled_up
 
 SIZES = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
@@ -246,7 +246,9 @@ class PixArtTransformer(PretrainedModel):
         names = [name for name, module in self.named_modules() if isinstance(module, Attention)]
         return {f"{name}.processor": AttentionProcessor() for name in names}
 
-    set_attn_processor = KolorsUNet.set_attn_processor
+    def set_attn_processor(self, processor: Any) -> None:
+        """Accept what stands for plain attention, see `check_processors`."""
+        check_processors(processor, ("AttnProcessor2_0", "AttnProcessor"))
 
     # ---- other files, and fresh weights
 

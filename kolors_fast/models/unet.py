@@ -31,6 +31,7 @@ from .layers import (
     use_channels_last,
 )
 from .lora import lora_scale, lora_scaled
+from .processors import AttentionProcessor, check_processors
 from .unet_blocks import BlockShape, DownBlock, MidBlock, UpBlock
 from .unet_conditioning import Prompt, balanced, collapse_pads, filled_up
 
@@ -95,10 +96,6 @@ class Level(NamedTuple):
 
 class UNet2DConditionOutput(NamedTuple):
     sample: Tensor  # [B, out_channels, H, W]
-
-
-class AttentionProcessor:
-    """Stands for the attention this model computes, where pipelines list or set processors."""
 
 
 class KolorsUNet(PretrainedModel):
@@ -401,18 +398,8 @@ class KolorsUNet(PretrainedModel):
         return {f"{name}.processor": AttentionProcessor() for name in names}
 
     def set_attn_processor(self, processor: Any) -> None:
-        """Accept a processor, or a dict of one per layer, that stands for plain attention; refuse any other.
-
-        diffusers' AttnProcessor and AttnProcessor2_0 compute what this model computes anyway.
-        """
-        processors = processor if isinstance(processor, Mapping) else {"all": processor}
-        for name, item in processors.items():
-            kind = type(item).__name__
-            if kind not in ("AttentionProcessor", "AttnProcessor", "AttnProcessor2_0"):
-                raise ValueError(
-                    f"set_attn_processor: {name}: expected plain attention (AttnProcessor2_0), which this "
-                    f"model computes itself, got {kind}"
-                )
+        """Accept what stands for plain attention, see `check_processors`."""
+        check_processors(processor, ("AttnProcessor2_0", "AttnProcessor"))
 
 
 def _check_fixed(given: Mapping[str, Any]) -> dict[str, Any]:
