@@ -17,6 +17,8 @@ from kolors_fast import KolorsUNet, savings
 from kolors_fast.models import layers
 from kolors_fast.ops import _attention, _products
 
+from . import test_mmdit_savings, test_pixart_savings
+
 CONFIG: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (32, 64, 128),
@@ -251,3 +253,9 @@ def test_a_compiled_denoiser_keeps_what_is_kept_of_prompts() -> None:
         assert relative(ours(**given).sample, theirs(**given).sample) < 2e-6
     assert counters["stats"]["unique_graphs"] == 1
     assert len(ours._prompts._entries) == 1 + 1  # the last text is another
+
+
+def test_every_saving_is_held_to_plain_code() -> None:
+    """Here or in the tests of other models; `step_table` is one of runs, in tests/pipelines/test_savings.py."""
+    tested = {*REPLACED, *test_mmdit_savings.REPLACED, *test_pixart_savings.REPLACED, "step_table"}
+    assert tested == set(savings.SAVINGS)
