@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kolors_fast import KolorsUNet, MMDiT
+from kolors_fast.models import mmdit_original
 from kolors_fast.models.checkpoint import CheckpointError
 from kolors_fast.models.mmdit_original import PREFIX, config_of, from_original, to_original
 
@@ -127,6 +128,21 @@ def test_files_travel_both_ways(name: str, tmp_path: Path) -> None:
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     assert loaded.to(torch.float16).dtype == torch.float16
     assert_equal(MMDiT.from_single_file(file).state_dict(), model.state_dict())  # the file is not what was edited
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file = make("plain"), tmp_path / "model.safetensors"
+    model.save_single_file(file)
+    before = file.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(mmdit_original.os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        model.double().save_single_file(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".ckpt"])

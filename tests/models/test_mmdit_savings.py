@@ -310,7 +310,10 @@ def test_copies_and_moves_keep_nothing_foreign(where: str, monkeypatch: pytest.M
         assert not torch.equal(assert_fresh(other, arguments), want)
     assert torch.equal(model(**arguments).sample, want)
     double = {key: value.double() for key, value in arguments.items()}
-    assert relative(model.double()(**double).sample, want.double()) < 1e-5
+    model.double()
+    attention = model.transformer_blocks[0].attn
+    assert attention._joined.weight is attention._joined_added.weight is None  # or the old weights would stay in memory
+    assert relative(model(**double).sample, want.double()) < 1e-5
 
 
 def test_training_leaves_the_weights_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
