@@ -111,8 +111,9 @@ class Attention(nn.Module):
         return super()._apply(*args, **kwargs)
 
 
-# where the projections write in place. On a CPU that is not faster: 0.9 to 1.8 times the time, 1.05 in the median of 20
-# shapes (bench/measure_joint_qkv.py, Intel Xeon), for the products take nearly all of it. A GPU has not been measured
+# where the projections write in place. On a CPU neither way is faster: the median of ten shapes is 1.00 of the time
+# without norms and 1.01 with them (bench/measure_joint_qkv.py, one thread of a shared Intel Xeon, from run to run
+# 0.9 to 1.1 for a shape). A GPU, where copies weigh more beside products, has not been measured
 JOINT_QKV_ON = ("cuda",)
 # tokens from which a sample by itself fills a GPU: 8 x 12 tiles of 128 x 128 in the smallest product of 1536 columns
 JOINT_QKV_FROM = 1024
