@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from providers import PROVIDERS, STEP_PROVIDERS, TOLERANCE, agreeing, steps, without_savings
 from torch import Tensor
 
-from kolors_fast import AutoencoderKL, ChatGLM, ChatGLMTokenizer, KolorsPipeline, KolorsUNet, without
+from kolors_fast import AutoencoderKL, ChatGLM, ChatGLMTokenizer, KolorsPipeline, KolorsUNet
 from kolors_fast.assets import bundled
 from kolors_fast.benchmark_models import KOLORS_VAE
 from kolors_fast.models.conditioning import Conditioning
 from kolors_fast.models.unet_blocks import TransformerBlock
 from kolors_fast.models.unet_conditioning import Prompt, balanced, collapse_pads
-from kolors_fast.ops import use_backend
 from kolors_fast.savings import SAVINGS
 
 diffusers = pytest.importorskip("diffusers", reason="the rival is diffusers, which is not installed")
@@ -64,9 +64,9 @@ KOLORS_UNET = {
     "projection_class_embeddings_input_dim": 5632,
     "encoder_hid_dim": 4096,
 }
-PROVIDERS = ("diffusers", "diffusers_compile", "reference", "kolors_fast")
-EACH_OFF = [f"without {name}" for name in SAVINGS if name != "step_table"]  # a step alone has no table of steps
-TOLERANCE = {torch.float32: {"rtol": 1e-3, "atol": 1e-4}, torch.bfloat16: {"rtol": 0.1, "atol": 0.1}}
+# a step alone has no table of steps, and the others are of other models
+EACH_OFF = [name for name in SAVINGS if name not in ("step_table", "gelu", "joint_qkv")]
+WITHOUT = [f"without {name}" for name in EACH_OFF]
 REAL_TOKENS = 20  # of 256, the others are pads: equal states
 
 
@@ -92,7 +92,7 @@ def _unet_inputs(config: dict[str, Any], side: int, device: str, dtype: torch.dt
 
 
 def _step_of(config: dict[str, Any], side: int, device: str, dtype: torch.dtype, selected: set[str]) -> dict[str, Any]:
-    """One UNet step by every provider, each on a model of its own: switching a saving off stores weights anew."""
+    """One UNet step by every provider."""
     torch.manual_seed(0)
     inputs = _unet_inputs(config, side, device, dtype)
     with torch.device(device):
@@ -104,50 +104,7 @@ def _step_of(config: dict[str, Any], side: int, device: str, dtype: torch.dtype,
         model.load_state_dict({name: value.clone() for name, value in rival.state_dict().items()}, assign=True)
         return partial(model, **inputs)
 
-    def compiled(**options: Any) -> Callable[[], Any]:
-        torch.compiler.reset()
-        return lambda: partial(torch.compile(rival, **options), **inputs)
-
-    calls: dict[str, Callable[[], Any]] = {
-        "diffusers": lambda: partial(rival, **inputs),
-        "diffusers_compile": compiled(),
-        "diffusers_max_autotune": compiled(mode="max-autotune-no-cudagraphs" if device == "cpu" else "max-autotune"),
-        "reference": lambda: _without(SAVINGS, ours()),
-        "kolors_fast": ours,
-        "kolors_fast_graph": lambda: _captured(ours()),
-        **{name: partial(lambda n: _without([n.partition(" ")[2]], ours()), name) for name in EACH_OFF},
-    }
-    if device == "cpu":
-        del calls["kolors_fast_graph"]
-    # diffusers has the weights, and is what the others are compared with
-    chosen = {name: make() for name, make in calls.items() if name in selected or name == "diffusers"}
-    agreeing = _agreeing(chosen, **TOLERANCE[dtype])
-    return {name: provider for name, provider in agreeing.items() if name in selected}
-
-
-def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as one CUDA graph."""
-    with torch.no_grad():
-        for _ in range(2):
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = call()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
-
-
-def _without(names: Iterable[str], call: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> Any:
-        with without(*names):
-            return call()
-
-    return run
+    return steps(rival, inputs, ours, EACH_OFF, device, dtype, selected)
 
 
 def _race_steps(race: Any, provider: str, device: str, selected: set[str], what: str) -> None:
@@ -162,18 +119,16 @@ def _race_steps(race: Any, provider: str, device: str, selected: set[str], what:
         race(group, provider, line_up, rounds=11, iterations=5, memory=True)
 
 
-@pytest.mark.parametrize(
-    "provider", [*PROVIDERS[:2], "diffusers_max_autotune", "reference", "kolors_fast_graph", "kolors_fast"]
-)
+@pytest.mark.parametrize("provider", STEP_PROVIDERS)
 def test_unet_step(race: Any, provider: str, device: str, selected: set[str]) -> None:
     if device == "cpu" and provider == "kolors_fast_graph":
         pytest.skip("a CPU has no CUDA graphs")
-    _race_steps(race, provider, device, selected - set(EACH_OFF), "UNet step")
+    _race_steps(race, provider, device, selected - set(WITHOUT), "UNet step")
 
 
-@pytest.mark.parametrize("provider", ["kolors_fast", *EACH_OFF])
+@pytest.mark.parametrize("provider", ["kolors_fast", *WITHOUT])
 def test_savings(race: Any, provider: str, device: str, selected: set[str]) -> None:
-    _race_steps(race, provider, device, selected & {"kolors_fast", *EACH_OFF}, "UNet step without one saving")
+    _race_steps(race, provider, device, selected & {"kolors_fast", *WITHOUT}, "UNet step without one saving")
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -223,9 +178,7 @@ def test_transformer_block(race: Any, provider: str, device: str) -> None:
             "reference": block,
             "kolors_fast": block,
         }
-        return _agreeing(
-            calls, **({"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1})
-        )
+        return agreeing(calls, **TOLERANCE[dtype])
 
     group = f"transformer block 2x{tokens}x{dim}, 20 of 256 text tokens, {dtype}".replace("torch.", "")
     race(group, provider, line_up, rounds=20, iterations=5, graph=True)
@@ -255,7 +208,7 @@ def test_text_encoding(race: Any, provider: str, device: str) -> None:
             "kolors_fast_full": lambda: [ours.text_features(**tokens)[1]],
             "kolors_fast": lambda: [ours.text_features_collapsed(**tokens)[2]],
         }
-        return _agreeing(calls, rtol=1e-3, atol=1e-3)
+        return agreeing(calls, rtol=1e-3, atol=1e-3)
 
     race("text encoding, bundled model, one prompt and the empty one", provider, line_up, rounds=15)
 
@@ -279,18 +232,6 @@ def test_first_picture_of_a_process(race: Any, provider: str, device: str) -> No
         return {name: (partial(start, script), None) for name, script in scripts.items()}
 
     race("first picture of a process, bundled model, 25 steps", provider, line_up, rounds=3, warmup=0)
-
-
-def _agreeing(calls: dict[str, Callable[[], Any]], **tolerance: float) -> dict[str, Any]:
-    """The providers of a race, if the first output of each is the first provider's."""
-    providers = {name: (call, "reference" if name == "reference" else None) for name, call in calls.items()}
-    first = None
-    for call, backend in providers.values():
-        with torch.no_grad(), use_backend(backend):
-            output = call()[0].float()
-        first = output if first is None else first
-        torch.testing.assert_close(output, first, **tolerance)
-    return providers
 
 
 def _diffusers_pipeline(compiled: bool) -> Any:
@@ -335,8 +276,8 @@ def test_whole_picture(race: Any, provider: str, device: str) -> None:
         for pipeline in pipelines.values():
             pipeline.set_progress_bar_config(disable=True)
         calls = {name: partial(_picture, pipeline) for name, pipeline in pipelines.items()}
-        calls["reference"] = _without(SAVINGS, calls["reference"])
-        return _agreeing(calls, rtol=0, atol=1e-2)
+        calls["reference"] = without_savings(SAVINGS, calls["reference"])
+        return agreeing(calls, rtol=0, atol=1e-2)
 
     side = 8 * KolorsUNet.load_config(bundled("kolors-tiny"), subfolder="unet")["sample_size"]
     race(f"one {side}x{side} picture, bundled model, 25 steps, CFG", provider, line_up, rounds=5)
@@ -372,7 +313,7 @@ def test_autoencoder_decode(race: Any, provider: str, weights: str, device: str)
         }
         latent = torch.randn(1, ours.config.latent_channels, side, side, device=device, dtype=dtype)
         atol = 1e-3 if dtype == torch.float32 else 0.2  # 0.09 for 128x128 pixels, of values up to 2.4
-        return _agreeing(
+        return agreeing(
             {n: partial(decode, latent, return_dict=False) for n, decode in decoders.items()}, rtol=0, atol=atol
         )
 

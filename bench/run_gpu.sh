@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # One command for a machine with an NVIDIA GPU and nothing to download:
 #
-#     bench/run_gpu.sh OUTDIR [ops | models]
+#     bench/run_gpu.sh OUTDIR [ops | models | transformers]
 #
 # builds the CUDA extension for this GPU, then for the ops (the default) runs their GPU tests and sanitizers and times
 # them; for the models tests the captured denoising step, times one step of Kolors' 2.58B UNet with random weights at
-# 1024x1024 (CFG batch 2, bfloat16) and its parts beside diffusers, and profiles it. OUTDIR gets a log of each part, rows of
-# each benchmark as JSON, a table (.md) and a chart (.svg). Each under nine minutes on 16 cores; a part that fails or
-# takes too long is reported and the others still run. Needs torch with CUDA, triton, pytest, pytest-xdist (compiling
-# thousands of small Triton kernels one after the other takes longer), pytest-benchmark, setuptools, pybind11, ninja,
-# nvcc; the models diffusers, transformers and accelerate as well, and 80 GB for all providers at once.
+# 1024x1024 (CFG batch 2, bfloat16) and its parts beside diffusers, and profiles it; for the transformers does the same
+# with SD3-medium, SD3.5-medium and PixArt-XL/2. OUTDIR gets a log of each part, rows of each benchmark as JSON, a table
+# (.md) and a chart (.svg). Each is meant to take under nine minutes on 16 cores; a part that fails or takes too long is
+# reported and the others still run. Needs torch with CUDA, triton, pytest, pytest-xdist (compiling thousands of small
+# Triton kernels one after the other takes longer), pytest-benchmark, setuptools, pybind11, ninja, nvcc; the models and
+# transformers diffusers, transformers and accelerate as well, and 80 GB for all providers at once.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:?usage: bench/run_gpu.sh OUTDIR [ops | models]}
+out=${1:?usage: bench/run_gpu.sh OUTDIR [ops | models | transformers]}
 what=${2:-ops}
-[[ $what == ops || $what == models ]] || { echo "expected ops or models, got $what" >&2; exit 2; }
+[[ $what =~ ^(ops|models|transformers)$ ]] || { echo "expected ops, models or transformers, got $what" >&2; exit 2; }
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 failed=()
@@ -46,14 +47,22 @@ if [ "$what" = ops ]; then
     bench backward 80 "test_backward and not compile"
     bench host 20 "host_overhead"
     bench compiled 50 "test_forward and (sd3_2x4096x1536 or kolors_2x640x64x64 or kolors_2x1024x10240)"
-else
+elif [ "$what" = models ]; then
     part graphs 60 python -m pytest tests/sampling/test_graphs.py -q -p no:cacheprovider
     bench step 60 "unet_step and not compile and not autotune"
     bench savings 60 "savings"
     bench parts 80 "(block or host or decode or encoding) and not compile"
-    part profile 40 python bench/profile_step.py 40
+    part profile 40 python bench/profile_step.py unet 40
     bench compiled 180 "unet_step"
     bench first 60 "first_picture and not compile"
+else
+    part graphs 60 python -m pytest tests/sampling/test_graphs.py -q -p no:cacheprovider
+    bench step 90 "test_step and not compile and not autotune"
+    bench blocks 40 "block and not compile"
+    bench savings 90 "savings"
+    part mmdit 40 python bench/profile_step.py mmdit 40
+    part pixart 40 python bench/profile_step.py pixart 40
+    bench compiled 180 "test_step and (sd3_medium- or pixart_xl2)"
 fi
 if [ ${#rows[@]} -gt 0 ]; then
     python bench/table.py "${rows[@]}" | tee "$out/$what.md"
