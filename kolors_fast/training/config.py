@@ -98,7 +98,7 @@ class TextEncoderStage(Stage):
     """A text encoder on captions, off whose pooled state what the caption asks for must be read."""
 
     component: str = "text_encoder"  # which of the recipe's
-    reading_weight: float = 0.3  # of the cross-entropies of the request's parts, which are summed
+    reading_weight: float = 1.0  # of the cross-entropies of the request's parts, which are summed
     masked: float = 0.25  # share of the tokens that T5 must guess
 
     def __post_init__(self) -> None:

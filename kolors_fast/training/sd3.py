@@ -82,12 +82,16 @@ class SD3Session(Session):
     @cached_property
     def encoders(self) -> SD3TextEncoders:
         """The text encoders with their tokenizers, trained."""
-        models = {
-            name: load_text_encoder(self.folder, name, kind).requires_grad_(False) for name, kind in ENCODERS.items()
-        }
-        tokenizers = {name: self._tokenizer(name) for name in TOKENIZERS}
-        config = self.recipe.transformer
-        return SD3TextEncoders(config["joint_attention_dim"], config["pooled_projection_dim"], **models, **tokenizers)
+        return load_encoders(self.folder, self.recipe)
 
     def _tokenizer(self, name: str) -> Any:
         return load_tokenizer(self.folder, name, TOKENIZERS[name])
+
+
+def load_encoders(folder: Path, recipe: SD3Recipe) -> SD3TextEncoders:
+    """The text encoders of a pipeline folder with their tokenizers, frozen, for the recipe's denoiser."""
+    parts: dict[str, Any] = {name: load_tokenizer(folder, name, kind) for name, kind in TOKENIZERS.items()}
+    for name, kind in ENCODERS.items():
+        parts[name] = load_text_encoder(folder, name, kind).requires_grad_(False)
+    widths = recipe.transformer["joint_attention_dim"], recipe.transformer["pooled_projection_dim"]
+    return SD3TextEncoders(*widths, **parts)

@@ -1,0 +1,178 @@
+"""Tokenizers and text encoders of SD3's training: files, lengths, losses against formulas, and that they learn."""
+
+import itertools
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from kolors_fast.data.shapes import caption, held_out_prompts, sample_training
+from kolors_fast.data.shapes.scene import REQUEST_PARTS
+from kolors_fast.training.config import TextEncoderStage, TextTokenizerRecipe, load_recipe
+from kolors_fast.training.streams import Streams
+from kolors_fast.training.text_encoders import ClipObjective, T5Objective, make_clip, make_t5
+from kolors_fast.training.text_tokenizers import (
+    PAD_OF_BIGG,
+    chinese_words,
+    train_clip_tokenizer,
+    train_t5_tokenizer,
+)
+from kolors_fast.training.trainer import Trainer
+
+RECIPE = TextTokenizerRecipe(captions=1500, length=36)
+PARTS = sum(np.log(len(part)) for part in REQUEST_PARTS)
+# three objects of the most words in the longest template behind the longest background
+LONGEST = "on a white background, {0} on the left, {0} in the middle, {0} on the right".format(
+    "a red five-pointed star"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def clip(folder):
+    return train_clip_tokenizer(RECIPE, 0, folder / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def t5(folder):
+    return train_t5_tokenizer(RECIPE, 0, folder / "tokenizer_3")
+
+
+def test_chinese_is_cut_at_the_words_of_the_world():
+    assert chinese_words("一个红色的五角星在上方") == ["一个", "红色", "的", "五角星", "在", "上方"]
+    assert chinese_words("从左到右依次是大方块") == ["从左到右依次是", "大", "方块"]
+
+
+def test_words_are_tokens(clip, t5):
+    text = "a purple triangle"
+    assert clip.tokenize(text) == ["a</w>", "purple</w>", "triangle</w>"]
+    assert t5.tokenize(text) == ["▁a", "▁purple", "▁triangle"]
+    assert [clip.decode([i]).strip() for i in clip("红色的圆形")["input_ids"][1:-1]] == ["红色", "的", "圆形"]
+    assert t5.tokenize("红色的圆形") == ["▁红色", "的", "圆形"]
+    assert clip.tokenize("A Purple") == clip.tokenize("a purple")
+
+
+def test_every_prompt_fits_the_recipe(clip, t5):
+    recipe = load_recipe("sd3-tiny")
+    rng = np.random.default_rng(9)
+    texts = [sample_training(rng)[1] for _ in range(500)] + [one.prompt for one in held_out_prompts(500)]
+    for tokenizer, length in ((clip, recipe.tokenizer.length), (t5, recipe.tokenizer_3.length)):
+        assert len(tokenizer(LONGEST)["input_ids"]) == length
+        assert max(len(ids) for ids in tokenizer(texts)["input_ids"]) <= length
+
+
+def test_the_end_is_clips_largest_id_and_bigg_pads_with_0(clip, folder):
+    ids = clip("a red circle")["input_ids"]
+    assert ids[0] == clip.bos_token_id == len(clip) - 2 and ids[-1] == clip.eos_token_id == len(clip) - 1
+    other = train_clip_tokenizer(RECIPE, 0, folder / "tokenizer_2", PAD_OF_BIGG)
+    padded = other("a red circle", padding="max_length")["input_ids"]
+    assert padded[: len(ids)] == ids and padded[len(ids) :] == [0] * (36 - len(ids))
+
+
+def test_released_files_alone_are_enough(clip, t5, folder, tmp_path):
+    """vocab.json with merges.txt, and spiece.model, are what older versions and other programs read."""
+    texts = ["a small green star", "左边是红色圆形，右边是蓝色方块", "unknown 森林 words"]
+    for source, kind, names in (
+        (clip, CLIPTokenizer, ("tokenizer/vocab.json", "tokenizer/merges.txt")),
+        (t5, T5Tokenizer, ("tokenizer_3/spiece.model",)),
+    ):
+        alone = tmp_path / kind.__name__
+        alone.mkdir()
+        for name in (*names, f"{names[0].split('/')[0]}/tokenizer_config.json"):
+            (alone / name.split("/")[1]).write_bytes((folder / name).read_bytes())
+        assert kind.from_pretrained(alone)(texts)["input_ids"] == source(texts)["input_ids"]
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer_3" / "spiece.model"))
+    for text in texts[:2]:
+        assert [*pieces.encode(text), 1] == t5(text)["input_ids"]
+
+
+def test_unseen_text_is_spelt_out(clip, t5):
+    assert clip.decode(clip("森林")["input_ids"], skip_special_tokens=True) == "森林"  # bytes
+    assert t5.unk_token_id not in t5("zigzag")["input_ids"]
+    assert t5.unk_token_id in t5("森林")["input_ids"]
+
+
+def objective(kind, tokenizer, steps=40, **settings):
+    torch.manual_seed(0)
+    defaults = {"batch": 16, "learning_rate": 5e-3, "warmup": 2, "decay": 0, "precision": "fp32"}
+    name = "clip" if kind is ClipObjective else "t5"
+    stage = TextEncoderStage(name=name, objective=name, steps=steps, **(defaults | settings))
+    if kind is ClipObjective:
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "projection_dim": 32}
+        model = make_clip(tokenizer, {**sizes, "num_hidden_layers": 1, "num_attention_heads": 2})
+    else:
+        model = make_t5(tokenizer, {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2})
+    return kind(model, tokenizer, stage, Streams(0, name))
+
+
+@pytest.mark.parametrize("kind", [ClipObjective, T5Objective])
+def test_encoders_learn(kind, clip, t5, tmp_path):
+    tokenizer = clip if kind is ClipObjective else t5
+    one = objective(kind, tokenizer)
+    run = Trainer(one.stage, one, tmp_path)
+    losses = [run.train_step() for _ in range(40)]
+    knows_nothing = np.log(len(tokenizer)) + one.stage.reading_weight * PARTS
+    assert losses[0] == pytest.approx(knows_nothing, rel=0.05)
+    assert np.mean(losses[-5:]) < 0.75 * losses[0]
+    figures = one.monitor(run.ema.module, tmp_path, 40)
+    assert all(0 <= value <= 1 for name, value in figures.items() if "read right" in name)
+    assert figures["rms of states"] > 0
+
+
+def test_clip_predicts_the_end_and_no_pads(clip, monkeypatch):
+    """With logits that tell a token's own id, the loss knows which are asked for."""
+    one = objective(ClipObjective, clip, batch=8, reading_weight=0.0)
+    asked = []
+    monkeypatch.setattr(
+        "kolors_fast.training.text_encoders.next_token_loss",
+        lambda logits, targets: asked.append(targets) or logits.sum(),
+    )
+    one.loss(0)
+    for target, (text, _) in zip(asked[0].tolist(), one.captions(0), strict=True):
+        ids = clip(text)["input_ids"]
+        assert target == [*ids[1:], *[-100] * (36 - len(ids))]
+
+
+def test_t5_guesses_what_is_hidden_and_no_pads(t5, monkeypatch):
+    one = objective(T5Objective, t5, batch=64, masked=0.4)
+    calls, asked = [], []
+    monkeypatch.setattr(
+        "kolors_fast.training.text_encoders.next_token_loss",
+        lambda logits, targets: asked.append(targets) or logits.sum(),
+    )
+    forward = one.module.forward
+    one.module.forward = lambda ids, mask: calls.append((ids, mask)) or forward(ids, mask)
+    for step in range(2):
+        one.loss(step)
+    for (hidden, mask), (ids, same), targets in zip(calls[::2], calls[1::2], asked, strict=True):
+        real, chosen = ids != t5.pad_token_id, targets != -100
+        assert torch.equal(targets[chosen], ids[chosen]) and not (chosen & ~real).any()
+        assert (hidden[chosen] == t5.unk_token_id).all() and torch.equal(hidden[~chosen], ids[~chosen])
+        assert float(chosen.sum() / real.sum()) == pytest.approx(0.4, abs=0.06)
+        assert mask is same
+    assert calls[0][1] is None  # SD3's way, and PixArt's
+    assert torch.equal(calls[2][1].bool(), calls[2][0] != t5.pad_token_id)
+
+
+@torch.no_grad()
+def test_t5_reads_no_part_off_a_pad(t5):
+    """A longer padding changes nothing behind a mask."""
+    reader = objective(T5Objective, t5).module
+    tokens = t5(["a red circle", "蓝色方块"], padding="max_length", return_tensors="pt")
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    whole, short = reader(ids, mask)[1], reader(ids[:, :8], mask[:, :8])[1]
+    for a, b in itertools.zip_longest(whole, short):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_captions_differ_by_step_and_agree_with_their_requests(clip):
+    one = objective(ClipObjective, clip, batch=4)
+    assert one.captions(0) == one.captions(0) != one.captions(1)
+    rng = one.streams.numpy(0)
+    assert one.captions(0)[0] == caption(sample_training(rng)[0], rng)
