@@ -194,7 +194,11 @@ class ClassConditionalObjective(LearnedVarianceObjective):
 
 
 class TextObjective(LearnedVarianceObjective):
-    """Over PixArt's transformer and captions read by T5."""
+    """Over PixArt's transformer and captions read by T5.
+
+    A dropped caption is T5's reading of the empty text, one token behind its mask, as at inference in diffusers'
+    pipelines and in PixArt-Sigma; PixArt-alpha's own code puts a fixed random table in the caption's place.
+    """
 
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, texts: tuple[Tensor, Tensor]) -> Tensor:
         states, mask = texts

@@ -19,6 +19,7 @@ from kolors_fast.training.learned_variance import LearnedVarianceObjective
 from kolors_fast.training.monitor import validation_prompts
 from kolors_fast.training.parallel import World
 from kolors_fast.training.pixart import KINDS, PixArtSession, encode_captions, encode_kinds
+from kolors_fast.training.pool import _draw_scenes
 from kolors_fast.training.trainer import Trainer
 
 from ..pipelines.text_models import JOINT_DIM, write_pixart_text
@@ -176,6 +177,13 @@ def test_kinds_are_read_off_captions():
     assert len(kinds) == 31 and kinds.labels[-1] == len(KINDS)
     for (scene, text), label in zip(scenes, kinds.gather(torch.arange(30)), strict=True):
         assert parse(text) is not None and KINDS[label] == (scene.items[0].shape, scene.items[0].colour)
+
+
+def test_labels_come_with_lone_objects(given):
+    first, second, _ = load_recipe(given / "miniature.toml").stages
+    for stage, counts in ((first, {1}), (second, {1, 2, 3})):
+        (scenes,) = _draw_scenes(stage, 60, np.random.default_rng(0)).values()
+        assert {len(scene.items) for scene in scenes} == counts
 
 
 def test_captions_are_what_the_pipeline_reads(given):
