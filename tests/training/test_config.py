@@ -79,6 +79,30 @@ def test_unknown_systems(table, system):
         parse_recipe({"system": system, **table}, "recipe")
 
 
+@pytest.mark.parametrize(
+    ("stage", "key", "value", "message"),
+    [
+        ("flow", "density", "normal(0, 1)", r"stage 'flow': density: expected .*, got 'normal\(0, 1\)'"),
+        ("flow", "shift", 0, r"stage 'flow': shift: expected more than 0, got 0"),
+        ("flow", "encoder_dropout", 1.0, "encoder_dropout: expected 0 <= encoder_dropout < 1, got 1.0"),
+        ("flow", "caption_dropout", -0.1, "caption_dropout: expected 0 <= caption_dropout < 1, got -0.1"),
+        ("flow", "snr_gamma", 5.0, "unknown key 'snr_gamma'"),
+        ("t5", "masked", 0, "masked: expected 0 < masked < 1, got 0"),
+        (
+            "t5",
+            "objective",
+            "language_model",
+            r"objective: expected one of \['clip', 'epsilon_linear', 'rectified_flow'",
+        ),
+    ],
+)
+def test_wrong_values_of_sd3(stage, key, value, message):
+    table = tomllib.loads((RECIPES / "sd3-tiny.toml").read_text())
+    next(one for one in table["stage"] if one["name"] == stage)[key] = value
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(table, "recipe")
+
+
 def test_missing_parts(table):
     with pytest.raises(RecipeError, match="missing key 'seed'"):
         parse_recipe({k: v for k, v in table.items() if k != "seed"}, "recipe")
