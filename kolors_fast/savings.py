@@ -21,7 +21,7 @@ SAVINGS: Mapping[str, str] = {
     "residual_norm": "a residual and the LayerNorm after it in one pass, gate and modulation included",
     "geglu": "GEGLU in one pass",
     "gelu": "GELU as the epilogue of the product before it",
-    "joint_qkv": "projections of two streams written to where their joint attention reads them",
+    "joint_qkv": "projections of two streams in one tensor, which their joint attention reads in place",
     "upsample_phases": "nearest-neighbour upsampling and its 3x3 convolution as four 2x2 ones on the small map",
     "products": "on a CPU, whoever was measured fastest for a shape multiplies, with weights packed once",
     "winograd": "on a CPU, 3x3 convolutions at 4/9 of their products",

@@ -13,7 +13,6 @@ from .. import savings
 from ..ops._backends import forced, unavailable
 from ..ops._folded_attention import Folded, attend_folded, folded
 from ..ops._library import tracing
-from ..ops._marks import Mark
 from ..ops._products import linear
 from ..ops.qk_norm_attention import qk_norm_attention
 from .layers import GroupNorm, Linear, is_wrapped
@@ -115,24 +114,31 @@ class Joined:
     def __init__(self) -> None:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self.marks: list[Mark] = []
+        self.sizes: list[int] = []  # outputs of each layer
+        self._state: list[tuple[int, int]] = []  # address and version of each layer's weight, then of each bias
 
     def project(self, x: Tensor, layers: Sequence[nn.Linear]) -> Sequence[Tensor]:
         """Each layer's output for x."""
         if not may_join(x, layers):
             return [layer(x) for layer in layers]
-        weight, bias = self.of(layers)
-        return linear(x, weight, bias).split([len(layer.weight) for layer in layers], dim=-1)
+        return self.product(x, layers).split(self.sizes, dim=-1)
+
+    def product(self, x: Tensor, layers: Sequence[nn.Linear]) -> Tensor:
+        """The outputs of layers that may be joined, side by side."""
+        return linear(x, *self.of(layers))
 
     def of(self, layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-        """The layers' weight [sum of outputs, inputs] and bias, of layers that may be joined."""
-        weights = [layer.weight for layer in layers]
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        joined = [*weights, *biases]
-        fresh = len(self.marks) == len(joined) and all(m.holds(w) for m, w in zip(self.marks, joined, strict=True))
-        if self.weight is None or not fresh:
+        """The layers' weight [sum of outputs, inputs] and bias, of layers that may be joined.
+
+        An edited weight is joined anew, for something may have been derived from the joined one; one that lies
+        elsewhere has left it. No other can come to lie at its address while the joined one is there.
+        """
+        values = [v for name in ("weight", "bias") for layer in layers if (v := layer._parameters[name]) is not None]
+        if self.weight is None or self._state != [(v.data_ptr(), v._version) for v in values]:
+            weights, biases = values[: len(layers)], values[len(layers) :]
             self.weight, self.bias = _join(weights), _join(biases) if biases else None
-            self.marks = [Mark(w) for w in joined]
+            self.sizes = [len(weight) for weight in weights]
+            self._state = [(v.data_ptr(), v._version) for v in values]
         return self.weight, self.bias
 
     def __deepcopy__(self, memo: Any) -> Joined:
@@ -146,16 +152,23 @@ def may_join(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
     """Only where nothing trains: weights that an optimizer or a gradient knows stay where they are."""
     if torch.is_grad_enabled() or tracing(x) or not savings.on("fused_qkv"):
         return False
-    return not any(
-        layer.training
-        or is_wrapped(layer)
-        or (layer.bias is None) != (layers[0].bias is None)
-        or any(
-            type(value.data) is not Tensor or value.is_inference() or value.dtype != layers[0].weight.dtype
-            for value in layer.parameters()
-        )
-        for layer in layers
-    )
+    like = None
+    for layer in layers:  # asked at every call, so no generators and no `layer.weight`, which cost more
+        if layer.training or is_wrapped(layer):
+            return False
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        if not (_is_plain(weight) and (bias is None or _is_plain(bias))):
+            return False
+        kind = weight.dtype, None if bias is None else bias.dtype  # type: ignore[union-attr]  # it is plain
+        if like not in (None, kind):
+            return False
+        like = kind
+    return True
+
+
+def _is_plain(value: Tensor | None) -> bool:
+    """Whether its memory is its own to lie in: no shard, no tensor of torch.func, none that counts no edits."""
+    return type(value) is nn.Parameter and not value.is_inference()
 
 
 @torch.inference_mode(False)  # whose tensors could not be trained later

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .. import savings
 from ..ops._backends import forced
-from ..ops._products import linear
 from ..ops._streams import AddedStream
 from ..ops.qk_norm import qk_norm
 from ..ops.qk_norm_attention import qk_norm_attention
@@ -139,38 +138,49 @@ class JointAttention(Attention):
 
     def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         """x [B, N, D], context [B, L, D] -> the same, or None for the text of the last block."""
-        if self._writes_in_place(x, context):
-            y, text = self._attend_in_place(x, context)
+        y: Tensor
+        text: Any
+        joins = savings.on("joint_qkv") and may_join(x, self._layers()) and may_join(context, self._text_layers())
+        if joins:
+            in_place = self._writes_in_place(x)
+            h: Any = qk_norm_attention(*self._joint(x, context, in_place))
+            picture, text = h[:, : x.shape[1]].flatten(2), h[:, x.shape[1] :]
+            if in_place:
+                y = torch.empty_like(x)
+                _products_into(y, picture, *self.to_out[0].parameters())
+            else:
+                y = self.to_out[0](picture)
         else:
             q, k, v = self._split_heads(self._joined.project(x, self._layers()))
             h, text = qk_norm_attention(q, k, v, **self._norms(), added=self._text(context))
             y = self.to_out[0](h.flatten(2))
         return y, None if self.to_add_out is None else self.to_add_out(text.flatten(2))
 
-    def _attend_in_place(self, x: Tensor, context: Tensor) -> tuple[Tensor, Any]:
-        """The output for the picture, and the attention's result for the text."""
-        batch, tokens, dim = x.shape
-        if self.norm_q is None:
-            joint = x.new_empty(batch, tokens + context.shape[1], 3 * dim)
-            _products_into(joint[:, :tokens], x, *self._joined.of(self._layers()))
-            text = linear(context, *self._joined_added.of(self._text_layers()))
-            joint[:, tokens:, -text.shape[-1] :] = text  # few rows: a copy
-            q, k, v = self._split_heads(joint.split(dim, dim=-1))
-            q = q[:, :tokens] if self.to_add_out is None else q
-        else:  # the norms write them to one place
+    def _joint(self, x: Tensor, context: Tensor, in_place: bool) -> Sequence[Tensor]:
+        """Queries, keys and values [B, N + L, heads, d], those of the picture first; in the last block its queries
+        alone."""
+        if self.norm_q is not None:  # the norms write them to one place
             q, k, v = self._split_heads(self._joined.project(x, self._layers()))
-            q, k, v = qk_norm(q, k, v, **self._norms(), added=self._text(context))  # type: ignore[assignment]
-        h: Any = qk_norm_attention(q, k, v)
-        y = torch.empty_like(x)
-        _products_into(y, h[:, :tokens].flatten(2), *self.to_out[0].parameters())
-        return y, h[:, tokens:]
+            return qk_norm(q, k, v, **self._norms(), added=self._text(context))  # type: ignore[return-value]
+        (batch, tokens, dim), layers = x.shape, self._text_layers()
+        text = self._joined_added.product(context, layers)
+        if in_place:
+            joint = x.new_empty(batch, tokens + text.shape[1], 3 * dim)
+            _products_into(joint[:, :tokens], x, *self._joined.of(self._layers()))
+            joint[:, tokens:, -text.shape[2] :] = text  # few rows: a copy
+            q, k, v = self._split_heads(joint.split(dim, dim=-1))
+            return (q if len(layers) == 3 else q[:, :tokens]), k, v
+        own = self._joined.product(x, self._layers())
+        if len(layers) == 3:
+            return self._split_heads(torch.cat([own, text], dim=1).split(dim, dim=-1))
+        both = torch.cat([own[..., dim:], text], dim=1)
+        return self._split_heads([own[..., :dim], *both.split(dim, dim=-1)])
 
-    def _writes_in_place(self, x: Tensor, context: Tensor) -> bool:
+    def _writes_in_place(self, x: Tensor) -> bool:
         large = len(x) == 1 or x.shape[1] >= JOINT_QKV_FROM
-        if not (large and x.device.type in JOINT_QKV_ON and savings.on("joint_qkv") and forced() != "reference"):
+        if not (large and x.device.type in JOINT_QKV_ON and forced() != "reference"):
             return False
-        plain = not is_wrapped(self.to_out[0]) and not torch.is_autocast_enabled(x.device.type)
-        return plain and may_join(x, self._layers()) and may_join(context, self._text_layers())
+        return not is_wrapped(self.to_out[0]) and not torch.is_autocast_enabled(x.device.type)
 
     def _text(self, context: Tensor) -> AddedStream:
         *q, k, v = self._split_heads(self._joined_added.project(context, self._text_layers()))

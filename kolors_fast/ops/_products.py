@@ -35,6 +35,10 @@ _packed = Derived(PACKED_LIMIT)
 PANEL = 32  # columns, as csrc/cpu/product.h has them
 POSITIONS = 16  # of a window, as csrc/cpu/winograd.cpp has them
 _OURS = ("kolors_fast",)
+# from which oneDNN's GELU as an epilogue is faster than by itself: below, it costs more to set up and to reorder the
+# weight than it saves. Of one thread of an Intel Xeon (bench/measure_gelu.py), times as fast: 0.9 to 1.1 for 32 rows of
+# 128 to 384 elements, 1.2 to 1.5 for 128 rows, 1.3 to 2.0 for 512; 0.3 to 0.7 for 8
+GELU_ROWS, GELU_PRODUCTS = 64, 1e6
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,16 +54,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """gelu(x @ weight^T + bias) in its tanh form, as the epilogue of the product where a library offers that.
 
-    On a CPU that is oneDNN's, for GELU by itself takes longer than the product. On a GPU it is cuBLASLt's, in 16 bit.
+    On a CPU that is oneDNN's, but for few rows. On a GPU it is cuBLASLt's, in 16 bit.
     """
-    if _chooses(x, weight, bias) and x.shape[-1] == weight.shape[1]:
+    rows = x.numel() // max(x.shape[-1], 1)
+    large = rows >= GELU_ROWS and rows * weight.numel() >= GELU_PRODUCTS
+    if large and _chooses(x, weight, bias) and x.shape[-1] == weight.shape[1]:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
         return y
     if _has_epilogue(x, weight, bias):
         assert bias is not None
         y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
         return y.view(*x.shape[:-1], -1)
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    return F.gelu(linear(x, weight, bias), approximate="tanh")
 
 
 def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
