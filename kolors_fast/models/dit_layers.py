@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import savings
-from ..ops._products import gelu_linear
+from ..ops._products import gelu_linear, linear
 from ..ops.ada_layer_norm import ada_layer_norm
 from ..ops.gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
 from .layers import Conv2d, Linear, is_wrapped, sinusoidal_embedding, to_tokens
@@ -65,7 +65,13 @@ class PatchProjection(nn.Module):
         self.proj = Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
     def tokens(self, sample: Tensor) -> Tensor:
-        return to_tokens(self.proj(sample.contiguous(memory_format=torch.channels_last)))
+        """The convolution as the product that it is, for as one it takes as long as an attention of few tokens."""
+        if is_wrapped(self.proj):
+            return to_tokens(self.proj(sample))
+        (rows, columns), side = self.grid(sample), self.patch_size
+        patches = sample.unflatten(3, (columns, side)).unflatten(2, (rows, side))  # [B, C, h, p, w, p]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, C * p * p]
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
     def grid(self, sample: Tensor) -> Size:
         """Patches (down, across). Raises ValueError where the sample is not a whole number of patches."""

@@ -24,7 +24,7 @@ from .attention import Attention
 from .checkpoint import PretrainedModel, _check_state
 from .conditioning import Conditioning, PromptCache, State, Steps
 from .dit_layers import add_and_modulate, as_timesteps, modulated, unpatchify
-from .layers import Linear, is_wrapped, use_channels_last
+from .layers import Linear, is_wrapped
 from .lora import lora_scale, lora_scaled
 from .pixart_blocks import AdaLayerNormSingle, CaptionProjection, Left, PatchEmbedding, TransformerBlock
 from .pixart_conditioning import Captions, Prompt, masked, trimmed
@@ -125,7 +125,6 @@ class PixArtTransformer(PretrainedModel):
         self.adaln_single = AdaLayerNormSingle(dim, has_sizes=self.has_sizes)
         self.caption_projection = CaptionProjection(caption_channels, dim) if caption_channels is not None else None
         self.gradient_checkpointing = False
-        use_channels_last(self)
         self._prompts = PromptCache()
 
     def forward(

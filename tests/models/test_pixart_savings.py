@@ -114,7 +114,7 @@ def test_what_is_left_of_a_step() -> None:
     folded = calls(ours, inputs())
     with kolors_fast.without("prompt_fold"):
         found = calls(ours, inputs())
-    outside = 2 + 1 + 1  # time, shared modulation, proj_out
+    outside = 1 + 2 + 1 + 1  # patches, time, shared modulation, proj_out
     assert folded["mkldnn::_linear_pointwise"] == 3 * 4 + outside
     assert found["mkldnn::_linear_pointwise"] == 3 * 6 + outside
     assert folded["aten::scaled_dot_product_attention"] == 3
