@@ -99,7 +99,7 @@ class TextEncoderStage(Stage):
 
     component: str = "text_encoder"  # which of the recipe's
     reading_weight: float = 1.0  # of the cross-entropies of the request's parts, which are summed
-    masked: float = 0.25  # share of the tokens that T5 must guess
+    masked: float = 0.15  # share of the words that are hidden in every second caption
 
     def __post_init__(self) -> None:
         super().__post_init__()

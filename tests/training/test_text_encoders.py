@@ -1,7 +1,5 @@
 """Tokenizers and text encoders of SD3's training: files, lengths, losses against formulas, and that they learn."""
 
-import itertools
-
 import numpy as np
 import pytest
 import sentencepiece
@@ -125,8 +123,18 @@ def test_encoders_learn(kind, clip, t5, tmp_path):
     assert figures["rms of states"] > 0
 
 
+def recorded(one):
+    """What the objective's encoder is given: (ids, mask) of each call."""
+    calls, forward = [], one.module.forward
+    one.module.forward = lambda ids, mask=None: calls.append((ids, mask)) or forward(ids, mask)
+    return calls
+
+
+def whole(tokenizer, one, step):
+    return tokenizer([text for text, _ in one.captions(step)], padding="max_length", return_tensors="pt")["input_ids"]
+
+
 def test_clip_predicts_the_end_and_no_pads(clip, monkeypatch):
-    """With logits that tell a token's own id, the loss knows which are asked for."""
     one = objective(ClipObjective, clip, batch=8, reading_weight=0.0)
     asked = []
     monkeypatch.setattr(
@@ -139,35 +147,52 @@ def test_clip_predicts_the_end_and_no_pads(clip, monkeypatch):
         assert target == [*ids[1:], *[-100] * (36 - len(ids))]
 
 
-def test_t5_guesses_what_is_hidden_and_no_pads(t5, monkeypatch):
-    one = objective(T5Objective, t5, batch=64, masked=0.4)
-    calls, asked = [], []
-    monkeypatch.setattr(
-        "kolors_fast.training.text_encoders.next_token_loss",
-        lambda logits, targets: asked.append(targets) or logits.sum(),
-    )
-    forward = one.module.forward
-    one.module.forward = lambda ids, mask: calls.append((ids, mask)) or forward(ids, mask)
+@pytest.mark.parametrize(("kind", "stand_in"), [(ClipObjective, 0), (T5Objective, 2)])
+def test_words_of_every_second_caption_are_hidden(kind, stand_in, clip, t5):
+    tokenizer = clip if kind is ClipObjective else t5
+    one = objective(kind, tokenizer, batch=128, masked=0.4)
+    calls = recorded(one)
+    one.loss(0)
+    (seen, _), ids = calls[0], whole(tokenizer, one, 0)
+    hidden, special = seen != ids, torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    assert not hidden[::2].any() and not (hidden & special).any()
+    assert (seen[hidden] == stand_in).all()
+    assert float(hidden[1::2].sum() / (~special[1::2]).sum()) == pytest.approx(0.4, abs=0.05)
+
+
+def test_t5_is_asked_for_hidden_words_alone(t5):
+    """An encoder that tells each token's own id knows everything but those."""
+    one = objective(T5Objective, t5, batch=32, reading_weight=0.0, masked=0.3)
+    one.module.forward = lambda ids, mask: (9.0 * torch.eye(len(t5))[ids], ())
+    one.reading_loss = lambda of_parts, requests: 0.0
+    wrong = np.log(1 + (np.exp(9) + len(t5) - 2))  # the answer's logit is 0, and that of <unk> 9
+    assert float(one.loss(0)) == pytest.approx(wrong, rel=1e-5)
+
+
+def test_t5_sees_pads_in_every_second_batch(t5):
+    one = objective(T5Objective, t5, batch=4)
+    calls = recorded(one)
     for step in range(2):
         one.loss(step)
-    for (hidden, mask), (ids, same), targets in zip(calls[::2], calls[1::2], asked, strict=True):
-        real, chosen = ids != t5.pad_token_id, targets != -100
-        assert torch.equal(targets[chosen], ids[chosen]) and not (chosen & ~real).any()
-        assert (hidden[chosen] == t5.unk_token_id).all() and torch.equal(hidden[~chosen], ids[~chosen])
-        assert float(chosen.sum() / real.sum()) == pytest.approx(0.4, abs=0.06)
-        assert mask is same
     assert calls[0][1] is None  # SD3's way, and PixArt's
-    assert torch.equal(calls[2][1].bool(), calls[2][0] != t5.pad_token_id)
+    assert torch.equal(calls[1][1].bool(), whole(t5, one, 1) != t5.pad_token_id)
+
+
+def test_t5_begins_with_heads_that_look_to_one_side(t5):
+    """Behind one such head, a token's state depends on what is on that side of it."""
+    model = objective(T5Objective, t5).module.model
+    bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    before, after = bias[:16].exp().sum(0), bias[16:].exp().sum(0)  # by distance
+    assert before[0] > 50 * after[0] and after[1] > 50 * before[1]
 
 
 @torch.no_grad()
-def test_t5_reads_no_part_off_a_pad(t5):
-    """A longer padding changes nothing behind a mask."""
+def test_t5_reads_nothing_off_pads_behind_a_mask(t5):
     reader = objective(T5Objective, t5).module
     tokens = t5(["a red circle", "蓝色方块"], padding="max_length", return_tensors="pt")
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
-    whole, short = reader(ids, mask)[1], reader(ids[:, :8], mask[:, :8])[1]
-    for a, b in itertools.zip_longest(whole, short):
+    long, short = reader(ids, mask)[1], reader(ids[:, :8], mask[:, :8])[1]
+    for a, b in zip(long, short, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
 
