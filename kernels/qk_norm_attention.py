@@ -32,7 +32,6 @@ from .device import architecture, guard, multiprocessors
 from .qk_norm_attention_config import Config, configure, few_keys_chunk, few_keys_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 # every integer is a plain run-time argument: neither a 1 nor a multiple of 16 makes another variant.
 # What the compiler may rely on is said by VECTOR, and by the alignment of the pointers
@@ -326,7 +325,7 @@ def _forward_kernel(
             )  # fmt: skip
 
     lse_at = (b * heads + h) * (queries + added_queries) + tl.where(in_added, queries, 0) + begin
-    tl.store(lse_ptr + lse_at + row, (top + tl.log2(total)) * LN_2, mask=row < left)
+    tl.store(lse_ptr + lse_at + row, top + tl.log2(total), mask=row < left)
     out_stride = heads.to(tl.int64) * HEAD
     target = tl.where(in_added, added_out_ptr, out_ptr)
     target += b * tl.where(in_added, added_queries, queries) * out_stride + begin * out_stride + h * HEAD
@@ -380,7 +379,7 @@ def _few_keys_kernel(
             TAIL, bias_ptr is not None, True,
         )  # fmt: skip
         inside = row < queries - begin
-        tl.store(lse_ptr + (b * heads + h) * queries + begin + row, (top + tl.log2(total)) * LN_2, mask=inside)
+        tl.store(lse_ptr + (b * heads + h) * queries + begin + row, top + tl.log2(total), mask=inside)
         target = out_ptr + (b * queries + begin) * out_stride + h * HEAD
         inverse = 1.0 / total[:, None]
         store_rows(target, row, out_stride, queries - begin, sums * inverse, sums_tail * inverse, HEAD, MAIN, TAIL)
@@ -431,7 +430,7 @@ def forward(
     eps: float,
     scale: float,  # positive
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(out [B, L, H, D], added_out [B, L2, H, D] or None, both contiguous, lse fp32 [B, H, L + L2] in natural log)."""
+    """(out [B, L, H, D], added_out [B, L2, H, D] or None, both contiguous, lse fp32 [B, H, L + L2] in base 2)."""
     samples, queries, heads, head_dim = q.shape
     keys, added_keys = k.shape[1], 0 if added_k is None else added_k.shape[1]
     added_queries = 0 if added_q is None else added_q.shape[1]

@@ -2,7 +2,7 @@
 # (the arguments of a Triton kernel have no Python type)
 """Gradients of the joint attention with RMSNorm on queries and keys.
 
-    P = exp(scale * qn @ kn^T + key_bias - lse)          again, block by block
+    P = exp2(log2(e) * (scale * qn @ kn^T + key_bias) - lse)          again, block by block
     delta = rowsum(grad_out * out)
     dS = P * (grad_out @ v^T - delta)
     grad_v = P^T @ grad_out;  grad_qn = scale * dS @ kn;  grad_kn = scale * dS^T @ qn
@@ -142,7 +142,7 @@ def _grad_keys_tile(
     logits = dot(k, k_tail, tl.trans(q), tl.trans(q_tail), TAIL) * scale
     if BIAS:
         logits += bias[:, None]
-    weights = tl.exp2(logits - (lse * LOG2_E)[None, :])
+    weights = tl.exp2(logits - lse[None, :])
     rounded = weights.to(q.dtype)
     grad_v = tl.dot(rounded, grad_out, grad_v, input_precision="ieee")
     if TAIL > 0:
@@ -317,7 +317,7 @@ def _grad_queries_kernel(
         HEAD, MAIN, TAIL, True,
     )  # fmt: skip
     lse_at = (b * heads + h) * (queries + added_queries) + tl.where(in_added, queries, 0) + begin
-    lse = tl.load(lse_ptr + lse_at + row, mask=row < count - begin, other=float("inf")) * LOG2_E
+    lse = tl.load(lse_ptr + lse_at + row, mask=row < count - begin, other=float("inf"))
     delta = tl.load(delta_ptr + lse_at + row, mask=row < count - begin, other=0.0)
 
     grad_q = tl.zeros([BLOCK_Q, MAIN], tl.float32)
@@ -395,7 +395,7 @@ def backward(
     scale: float,
     out: Tensor,
     added_out: Tensor | None,
-    lse: Tensor,  # fp32 [B, H, L + L2]
+    lse: Tensor,  # fp32 [B, H, L + L2], in base 2
     needs: Sequence[bool],  # of the eleven tensors from q to key_bias
 ) -> tuple[Tensor | None, ...]:
     """Gradients of forward's eleven tensors in their order: of q, k, v in their dtype and contiguous, of weights
