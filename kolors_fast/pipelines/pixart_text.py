@@ -6,6 +6,7 @@ Source: Chen et al., "PixArt-alpha: Fast Training of Diffusion Transformer for P
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,8 @@ def read_pixart_prompts(
 ) -> PixArtTextFeatures:
     """Features of B prompts in T5's dtype; equal prompts are read once.
 
-    Longer prompts are cut, with a warning that shows what is lost. An empty prompt keeps one token, its end.
+    Longer prompts are cut, with a warning that shows what is lost; one of which cleaning leaves nothing warns, too. An
+    empty prompt keeps one token, its end.
 
     Args:
         tokenizer: T5Tokenizer or T5TokenizerFast.
@@ -70,7 +72,14 @@ def read_pixart_prompts(
     fits = whole(max_sequence_length) and max_sequence_length >= 1
     expect(fits, "max_sequence_length", "a whole number from 1", repr(max_sequence_length))
     clean = _cleaned if clean_caption else _lowered
-    texts, rows = distinct([clean(prompt) for prompt in prompts])
+    cleaned = [clean(prompt) for prompt in prompts]
+    for prompt, left in zip(prompts, cleaned, strict=True):
+        if prompt.strip() and not left:  # as of Chinese, which cleaning takes for noise
+            warnings.warn(
+                f"prompt: cleaning leaves nothing of '{prompt:.60}'; clean_caption=False reads it as it is",
+                stacklevel=2,
+            )
+    texts, rows = distinct(cleaned)
     ids, mask = tokenize(tokenizer, texts, max_sequence_length, "text_encoder")
     mask = mask.to(text_encoder.device)
     with torch.no_grad():
