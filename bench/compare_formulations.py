@@ -65,15 +65,18 @@ class Study:
     def figures(self, formulation: str, seed: int) -> dict[str, Any]:
         """One run's row, from its folder where it is finished."""
         folder = self.folder(formulation, seed)
-        done = folder / "figures.json"
+        done, settings = folder / "figures.json", stage_settings(self.options)
         if not done.exists():
             objective = self.objective(formulation, seed)
             averaged = Trainer(objective.stage, objective, folder).run()
             row = {"formulation": formulation, "seed": seed}
             for steps in DRAWN_IN:
                 row |= {f"{key} in {steps}": value for key, value in self.judge(objective, averaged, steps).items()}
-            write_file(done, json.dumps(row).encode())
-        return json.loads(done.read_text())
+            write_file(done, json.dumps({"settings": settings, "row": row}).encode())
+        found = json.loads(done.read_text())
+        if found["settings"] != settings:
+            raise ValueError(f"--work: expected a folder for these settings, got {done} of {found['settings']}")
+        return found["row"]
 
     def folder(self, formulation: str, seed: int) -> Path:
         """Such as logit_normal-0-1-seed-0."""
