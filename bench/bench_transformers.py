@@ -185,11 +185,27 @@ def test_savings(race: Any, case: Case, provider: str, device: str, selected: se
     _race_steps(race, case, provider, device, chosen, "step without one saving")
 
 
+# of a block: (tokens, text, width) of an MM-DiT; (tokens, width, heads) of a PixArt. About those of tiny models at
+# 128x128, those of the small models above, and those of SD3-medium and PixArt-XL/2 at 1024x1024
+BLOCKS = {
+    "tiny": ((64, 65, 128), (64, 128, 2)),
+    "small": ((256, 154, 384), (256, 384, 6)),
+    "released": ((4096, 333, 1536), (4096, 1152, 16)),
+}
+
+
+def _sizes(size: str, device: str) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    if (size == "released") == (device == "cpu"):
+        pytest.skip("a CPU runs the tiny and the small blocks, a GPU the released ones")
+    return BLOCKS[size]
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("size", BLOCKS)
 @pytest.mark.parametrize("kind", ["plain", "QK-norm", "QK-norm and dual attention"])
-def test_mmdit_block(race: Any, kind: str, provider: str, device: str) -> None:
-    """SD3-medium's own sizes on a GPU, those of the small model on a CPU."""
-    tokens, text, dim, dtype = (256, 154, 384, torch.float32) if device == "cpu" else (4096, 333, 1536, torch.bfloat16)
+def test_mmdit_block(race: Any, kind: str, size: str, provider: str, device: str) -> None:
+    tokens, text, dim = _sizes(size, device)[0]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
     def line_up() -> dict[str, Any]:
         from diffusers.models.attention import JointTransformerBlock
@@ -227,9 +243,10 @@ def test_mmdit_block(race: Any, kind: str, provider: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_pixart_block(race: Any, provider: str, device: str) -> None:
-    """PixArt-XL/2's own sizes at 1024x1024 on a GPU, those of the small model on a CPU."""
-    tokens, dim, heads, dtype = (256, 384, 6, torch.float32) if device == "cpu" else (4096, 1152, 16, torch.bfloat16)
+@pytest.mark.parametrize("size", BLOCKS)
+def test_pixart_block(race: Any, size: str, provider: str, device: str) -> None:
+    tokens, dim, heads = _sizes(size, device)[1]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
 
     def line_up() -> dict[str, Any]:
         from diffusers.models.attention import BasicTransformerBlock
