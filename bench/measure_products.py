@@ -27,6 +27,8 @@ from kolors_fast.ops import _attention, _products
 
 TABLE = Path(_products.__file__).parent / "products.json"
 LINEAR = [*product((2, 32, 128, 512, 2048), [(64, 64), (128, 128), (256, 256), (256, 1024), (1024, 256), (1280, 1280)])]
+# queries, keys and values of a diffusion transformer, and its feed-forward layer up and down
+LINEAR += product((128, 512), [(128, 384), (128, 512), (512, 128), (384, 384), (384, 1152), (384, 1536), (1536, 384)])
 CONV2D = [(side, c, o) for side in (8, 16, 32, 64) for c, o in [(32, 32), (64, 64), (128, 128), (256, 256), (512, 256)]]
 # heads of all samples, tokens, elements of a head
 ATTENTION = [*product((2, 8, 40), (16, 64, 256, 1024), (16, 64)), (1, 1024, 512), (1, 4096, 512), (2, 4096, 64)]

@@ -270,12 +270,14 @@ void pack_linear(const float *weight, float *packed, int64_t row_stride, int64_t
 }
 
 void linear(const float *x, const float *packed, const float *bias, const float *add, float *y, int64_t rows,
-            int64_t row_stride, int64_t depth, int64_t width, bool gated) {
+            int64_t row_stride, int64_t depth, int64_t width, bool gated, bool gelu) {
     check_linear(depth, width);
-    if (gated && add)
-        throw py::value_error("add must be absent where gated");
+    if ((gated || gelu) && add)
+        throw py::value_error("add must be absent where gated or gelu");
+    if (gated && gelu)
+        throw py::value_error("gated and gelu exclude each other");
     const py::gil_scoped_release released;
-    kernels().linear({{depth, width, gated}, x, packed, bias, add, y, rows, row_stride});
+    kernels().linear({{depth, width, gated}, x, packed, bias, add, y, rows, row_stride, gelu});
 }
 
 void pack_winograd(const float *weight, float *packed, int64_t channels, int64_t out) {
@@ -361,7 +363,7 @@ PYBIND11_MODULE(_cpu, module) {
            "batch", "tokens", "dim", "heads", "keys");
     define(module, "pack_linear", &pack_linear, "weight", "packed", "row_stride", "depth", "width", "gated");
     define(module, "linear", &linear, "x", "packed", "bias", "add", "y", "rows", "row_stride", "depth", "width",
-           "gated");
+           "gated", "gelu");
     define(module, "pack_winograd", &pack_winograd, "weight", "packed", "channels", "out");
     define(module, "winograd", &winograd, "x", "packed", "bias", "y", "batch", "height", "width", "channels", "out");
     define(module, "qk_norm_forward", &normalise, "parts", "count", "batch", "heads", "head_dim", "eps", "dtype",

@@ -256,10 +256,11 @@ struct Linear {
     const float *x; // [rows, depth]
     const float *packed;
     const float *bias; // [width or 2 * width] or null
-    const float *add;  // [rows, width] or null; not where gated
+    const float *add;  // [rows, width] or null; not where gated or gelu
     float *y;          // [rows, width]
     int64_t rows;
     int64_t row_stride; // of x; everything else is dense
+    bool gelu;          // in the tanh form, of the result; not where gated
 };
 
 // A 3x3 convolution of stride 1 and padding 1.

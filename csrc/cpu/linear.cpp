@@ -1,4 +1,5 @@
-// y = x w^T + bias + add, or with the columns of w in two halves value and gate, y = value * gelu(gate).
+// y = x w^T + bias + add, or its gelu in the tanh form; or, with the columns of w in two halves value and gate,
+// y = value * gelu(gate).
 #include "gauss.h"
 #include "isa.h"
 #include "parallel.h"
@@ -23,6 +24,9 @@ struct Columns {
 };
 
 int64_t panels_of(const LinearShape &s) { return ceil_div(s.width, s.gated ? kHalfPanel : kPanel); }
+
+// x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) = x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
+KOLORS_FAST_INLINE Floats gelu_tanh(Floats x) { return x * sigmoid(x * (x * x * 0.07135482f + 1.5957691f)); }
 
 // A part of the depth.
 struct Depth {
@@ -51,6 +55,10 @@ template <int kRows> KOLORS_FAST_INLINE void multiply_and_store(const Linear &a,
             if (add) {
                 sums[2 * r] += load_columns(add + offset, left, columns.left_end);
                 sums[2 * r + 1] += load_columns(add + offset, right, columns.right_end);
+            }
+            if (a.gelu) {
+                sums[2 * r] = gelu_tanh(sums[2 * r]);
+                sums[2 * r + 1] = gelu_tanh(sums[2 * r + 1]);
             }
             store_columns(a.y + offset, sums[2 * r], left, columns.left_end);
             store_columns(a.y + offset, sums[2 * r + 1], right, columns.right_end);
@@ -110,7 +118,7 @@ void linear(const Linear &a) {
     // rows among the threads as far as they go, then columns
     const int64_t row_parts = at_most(ceil_div(a.rows, 2 * kTileRows), threads);
     const int64_t column_parts = at_most(threads / row_parts, columns);
-    const int64_t depths = s.gated ? 1 : ceil_div(s.depth, kMostDepth), deepest = ceil_div(s.depth, depths);
+    const int64_t depths = s.gated || a.gelu ? 1 : ceil_div(s.depth, kMostDepth), deepest = ceil_div(s.depth, depths);
     const int64_t fits = kTilesBytes / static_cast<int64_t>(sizeof(float)) / deepest;
     const int64_t block = at_most(a.rows, std::max<int64_t>(kTileRows, fits));
     parallel_for(row_parts * column_parts, threads, [&](int64_t begin, int64_t end, int) {

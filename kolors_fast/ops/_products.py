@@ -54,17 +54,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """gelu(x @ weight^T + bias) in its tanh form, as the epilogue of the product where a library offers that.
 
-    On a CPU that is oneDNN's, but for few rows. On a GPU it is cuBLASLt's, in 16 bit.
+    On a CPU that is ours where ours is the fastest product, else oneDNN's, but for few rows. On a GPU it is cuBLASLt's,
+    in 16 bit.
     """
-    rows = x.numel() // max(x.shape[-1], 1)
-    large = rows >= GELU_ROWS and rows * weight.numel() >= GELU_PRODUCTS
-    if large and _chooses(x, weight, bias) and x.shape[-1] == weight.shape[1]:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
-        return y
+    y: Tensor | None
+    if _chooses(x, weight, bias) and x.shape[-1] == weight.shape[1]:
+        if _for_linear(x.shape, weight.shape)[:1] == _OURS:
+            y = _packed_linear(x, weight, bias, gelu=True)
+            if y is not None:
+                return y
+        rows = x.numel() // x.shape[-1]
+        if rows >= GELU_ROWS and rows * weight.numel() >= GELU_PRODUCTS:
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+            return y  # type: ignore[return-value]  # torch's ops have no types
     if _has_epilogue(x, weight, bias):
         assert bias is not None
-        y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
-        return y.view(*x.shape[:-1], -1)
+        flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        return flat.view(*x.shape[:-1], -1)
     return F.gelu(linear(x, weight, bias), approximate="tanh")
 
 
@@ -132,6 +138,7 @@ def _packed_linear(
     bias: Tensor | None,
     *,
     gated: bool = False,
+    gelu: bool = False,
     add: Tensor | None = None,  # of the result's size, contiguous
     first: int = 0,  # the column of weight that meets the first of x
 ) -> Tensor | None:
@@ -148,7 +155,7 @@ def _packed_linear(
     module: Any = _backends.extension("cpu")
     module.linear(
         x.data_ptr(), packed.data_ptr(), _address(bias), _address(add), y.data_ptr(), x.numel() // depth,
-        _rows.row_stride(x), depth, width, gated,
+        _rows.row_stride(x), depth, width, gated, gelu,
     )  # fmt: skip
     return y
 

@@ -63,6 +63,13 @@ def check_linear() -> None:
             truth = F.linear(x.double(), w.double(), None if bias is None else bias.double())
             assert got is not None and got.shape == truth.shape
             assert error_of(got, truth) < 2e-7 * math.sqrt(depth) + 2e-7, (rows, depth, width)
+            got = _products._packed_linear(x, w, bias, gelu=True)
+            assert got is not None
+            assert error_of(got, F.gelu(truth, approximate="tanh")) < 3e-7 * math.sqrt(depth) + 3e-7, (
+                rows,
+                depth,
+                width,
+            )
         w, b = torch.cat([w, w.flip(0) * 0.3]), torch.cat([b, b.flip(0)])
         for bias in (b, None):
             got = _products._packed_linear(x, w, bias, gated=True)
