@@ -29,6 +29,7 @@ TABLE = Path(_products.__file__).parent / "products.json"
 LINEAR = [*product((2, 32, 128, 512, 2048), [(64, 64), (128, 128), (256, 256), (256, 1024), (1024, 256), (1280, 1280)])]
 # queries, keys and values of a diffusion transformer, and its feed-forward layer up and down
 LINEAR += product((128, 512), [(128, 384), (128, 512), (512, 128), (384, 384), (384, 1152), (384, 1536), (1536, 384)])
+GELU = [*product((8, 32, 128, 512, 2048), [(64, 256), (128, 512), (256, 1024), (384, 1536)])]
 CONV2D = [(side, c, o) for side in (8, 16, 32, 64) for c, o in [(32, 32), (64, 64), (128, 128), (256, 256), (512, 256)]]
 # heads of all samples, tokens, elements of a head
 ATTENTION = [*product((2, 8, 40), (16, 64, 256, 1024), (16, 64)), (1, 1024, 512), (1, 4096, 512), (2, 4096, 64)]
@@ -45,6 +46,17 @@ def linear(rows: int, depth: int, width: int) -> dict[str, Callable[[], Any]]:
         "torch": lambda: [F.linear(x, w, bias) for w in weights],
         "onednn": lambda: [_products._onednn_linear(x, w, bias) for w in weights],
         "kolors_fast": lambda: [_products._packed_linear(x, w, bias) for w in weights],
+    }
+
+
+def gelu_linear(rows: int, depth: int, width: int) -> dict[str, Callable[[], Any]]:
+    """With weights of 1 / depth in variance: GELU by itself takes longer for large elements."""
+    weights = [torch.randn(width, depth) * depth**-0.5 for _ in range(_copies(4 * depth * width))]
+    x, bias = torch.randn(rows, depth), torch.randn(width)
+    return {
+        "torch": lambda: [F.gelu(F.linear(x, w, bias), approximate="tanh") for w in weights],
+        "onednn": lambda: [_products._onednn_linear(x, w, bias, "gelu") for w in weights],
+        "kolors_fast": lambda: [_products._packed_linear(x, w, bias, gelu=True) for w in weights],
     }
 
 
@@ -93,6 +105,9 @@ def main() -> None:
             if 2 * count * depth * width <= LONGEST:
                 rows.append(("linear", (count, depth, width), microseconds(linear(count, depth, width))))
                 print(*rows[-1], flush=True)
+        for count, (depth, width) in GELU:
+            rows.append(("gelu_linear", (count, depth, width), microseconds(gelu_linear(count, depth, width))))
+            print(*rows[-1], flush=True)
         for side, channels, out in CONV2D:
             shape = (2 * side * side, 9 * channels, out)
             if 2 * math.prod(shape) <= LONGEST:
@@ -111,7 +126,7 @@ def main() -> None:
         "rows": [{"kind": kind, "shape": shape, "microseconds": times} for kind, shape, times in rows],
     }
     text = json.dumps(table, indent=1)
-    for row in table[_products.this_machine()]["rows"]:  # one line each
+    for row in (row for machine in table.values() for row in machine["rows"]):  # one line each
         text = text.replace(json.dumps(row, indent=1).replace("\n", "\n   "), json.dumps(row))
     TABLE.write_text(text + "\n", encoding="utf-8")
 

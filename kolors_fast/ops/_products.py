@@ -35,7 +35,7 @@ _packed = Derived(PACKED_LIMIT)
 PANEL = 32  # columns, as csrc/cpu/product.h has them
 POSITIONS = 16  # of a window, as csrc/cpu/winograd.cpp has them
 _OURS = ("kolors_fast",)
-# from which oneDNN's GELU as an epilogue is faster than by itself: below, it costs more to set up and to reorder the
+# on a CPU that was not measured: from which oneDNN's GELU as an epilogue is faster than by itself; below, it costs more to set up and to reorder the
 # weight than it saves. Of one thread of an Intel Xeon (bench/measure_gelu.py), times as fast: 0.9 to 1.1 for 32 rows of
 # 128 to 384 elements, 1.2 to 1.5 for 128 rows, 1.3 to 2.0 for 512; 0.3 to 0.7 for 8
 GELU_ROWS, GELU_PRODUCTS = 64, 1e6
@@ -54,19 +54,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """gelu(x @ weight^T + bias) in its tanh form, as the epilogue of the product where a library offers that.
 
-    On a CPU that is ours where ours is the fastest product, else oneDNN's, but for few rows. On a GPU it is cuBLASLt's,
-    in 16 bit.
+    On a CPU that is ours or oneDNN's, but for few rows. On a GPU it is cuBLASLt's, in 16 bit.
     """
-    y: Tensor | None
     if _chooses(x, weight, bias) and x.shape[-1] == weight.shape[1]:
-        if _for_linear(x.shape, weight.shape)[:1] == _OURS:
-            y = _packed_linear(x, weight, bias, gelu=True)
+        for provider in _for_gelu(x.shape, weight.shape):
+            ours = provider == "kolors_fast"
+            y = _packed_linear(x, weight, bias, gelu=True) if ours else _onednn_linear(x, weight, bias, "gelu")
             if y is not None:
                 return y
-        rows = x.numel() // x.shape[-1]
-        if rows >= GELU_ROWS and rows * weight.numel() >= GELU_PRODUCTS:
-            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
-            return y  # type: ignore[return-value]  # torch's ops have no types
     if _has_epilogue(x, weight, bias):
         assert bias is not None
         flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
@@ -127,8 +122,10 @@ def conv2d(
 # ---- the providers; None where there is no room for packed weights
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str = "none") -> Tensor:
+    """The epilogue may be "gelu", in the tanh form."""
+    algorithm = "tanh" if epilogue == "gelu" else ""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, epilogue, [], algorithm)
     return y
 
 
@@ -215,6 +212,14 @@ def _for_linear(x: torch.Size, weight: torch.Size) -> tuple[str, ...]:
     if len(x) < 2:
         return ()
     return choose("linear", math.prod(x[:-1]), weight[1], weight[0])
+
+
+@cache
+def _for_gelu(x: torch.Size, weight: torch.Size) -> tuple[str, ...]:
+    rows = math.prod(x[:-1])
+    if "gelu_linear" in measured(this_machine()):
+        return choose("gelu_linear", rows, weight[1], weight[0])
+    return ("onednn",) if rows >= GELU_ROWS and rows * math.prod(weight) >= GELU_PRODUCTS else ()
 
 
 @cache

@@ -48,8 +48,7 @@ def every_product_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     and projections write in place, as on a GPU."""
     monkeypatch.setattr(_attention, "ORDER", {"cpu": ("math",)})
     monkeypatch.setattr(_products, "_for_linear", lambda *_: ("onednn",))
-    monkeypatch.setattr(_products, "GELU_ROWS", 0)
-    monkeypatch.setattr(_products, "GELU_PRODUCTS", 0)
+    monkeypatch.setattr(_products, "_for_gelu", lambda *_: ("onednn",))
     in_place(monkeypatch)
 
 

@@ -32,8 +32,7 @@ def every_product_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where oneDNN for linear layers and torch's attention (a profile does not see ours) are fastest at any size."""
     monkeypatch.setattr(_attention, "ORDER", {"cpu": ("math",)})
     monkeypatch.setattr(_products, "_for_linear", lambda *_: ("onednn",))
-    monkeypatch.setattr(_products, "GELU_ROWS", 0)
-    monkeypatch.setattr(_products, "GELU_PRODUCTS", 0)
+    monkeypatch.setattr(_products, "_for_gelu", lambda *_: ("onednn",))
 
 
 def pair() -> tuple[PixArtTransformer, nn.Module]:
