@@ -35,9 +35,9 @@ _packed = Derived(PACKED_LIMIT)
 PANEL = 32  # columns, as csrc/cpu/product.h has them
 POSITIONS = 16  # of a window, as csrc/cpu/winograd.cpp has them
 _OURS = ("kolors_fast",)
-# on a CPU that was not measured: from which oneDNN's GELU as an epilogue is faster than by itself; below, it costs more to set up and to reorder the
-# weight than it saves. Of one thread of an Intel Xeon (bench/measure_gelu.py), times as fast: 0.9 to 1.1 for 32 rows of
-# 128 to 384 elements, 1.2 to 1.5 for 128 rows, 1.3 to 2.0 for 512; 0.3 to 0.7 for 8
+# on a CPU that was not measured: from which oneDNN's GELU as an epilogue is faster than by itself; below, it costs more
+# to set up and to reorder the weight than it saves. Of one thread of an Intel Xeon (bench/measure_gelu.py), times as
+# fast: 0.9 to 1.1 for 32 rows of 128 to 384 elements, 1.2 to 1.5 for 128 rows, 1.3 to 2.0 for 512; 0.3 to 0.7 for 8
 GELU_ROWS, GELU_PRODUCTS = 64, 1e6
 
 
