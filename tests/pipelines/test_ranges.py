@@ -152,7 +152,7 @@ def test_the_ranges_of_a_picture_by_sd3(sd3: Any, recorder: Recorder) -> None:
         inside = recorder.inside("step 1", "transformer", block)
         assert [name.removeprefix(f"{block}.") for name in inside if name.startswith(block)] == layers
         assert "gated_residual_ada_layer_norm" in inside
-        assert recorder.inside("step 1", "transformer", block, f"{block}.attn") == ["qk_norm_attention"]
+        assert recorder.inside("step 1", "transformer", block, f"{block}.attn") == ["qk_norm", "qk_norm_attention"]
     assert recorder.inside("decode") == ["vae.decode"]
 
 
