@@ -35,6 +35,16 @@ def test_an_unmeasured_machine_gets_torchs_choice() -> None:
     assert _products.choose("matmul", 128, 256, 256, machine=MACHINE) == ()
 
 
+def test_gelu_is_an_epilogue_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many, weight = torch.Size((2, 4, 384)), torch.Size((2, 256, 384)), torch.Size((1536, 384))
+    choose = _products._for_gelu.__wrapped__
+    monkeypatch.setattr(_products, "this_machine", lambda: "GenuineIntel avx512bf16")
+    assert choose(many, weight)[0] == choose(few, weight)[0] == "kolors_fast"
+    for machine in ("unknown", MACHINE):  # neither was measured
+        monkeypatch.setattr(_products, "this_machine", lambda machine=machine: machine)
+        assert choose(many, weight) == ("onednn",) and choose(few, weight) == ()
+
+
 def test_winograds_convolution_is_for_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_products, "choose", lambda *_: ("winograd", "packed"))
     x, w = torch.Size((2, 3, 19, 20)), torch.Size((7, 3, 3, 3))
