@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kolors_fast.data.shapes.scene import REQUEST_PARTS
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
@@ -16,7 +17,7 @@ from kolors_fast.training.log import Log
 from kolors_fast.training.objectives import AutoencoderObjective, LanguageModelObjective
 from kolors_fast.training.streams import Streams
 from kolors_fast.training.tokenizer import train_tokenizer
-from kolors_fast.training.trainer import STATE, Trainer
+from kolors_fast.training.trainer import STATE, Trainer, computing_in
 
 VAE = {
     "block_out_channels": (4, 8),
@@ -213,3 +214,17 @@ def test_a_failed_write_keeps_the_last_good_state(tmp_path, monkeypatch):
         write_state(path, {"step": 2})
     assert read_state(path) == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == [STATE]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_autocast_leaves_attention_in_full_precision(masked):
+    q, k, v = (torch.randn(2, 3, 5, 8, dtype=torch.float64) for _ in range(3))
+    visible = torch.where(torch.arange(5) < 4, 0.0, float("-inf")).double().expand(2, 3, 5, 5) if masked else None
+    scores = q @ k.mT / 8**0.5 + (0 if visible is None else visible)
+    expected = scores.softmax(-1) @ v
+    with computing_in("bf16"):
+        mask = None if visible is None else visible.bfloat16()  # as models make it of their bf16 queries
+        found = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+        product = torch.matmul(q.float(), k.float().mT)
+    assert found.dtype == torch.float32 and product.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
