@@ -181,6 +181,7 @@ def _draw(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds:
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        **pipeline.typed,
     ).images
     return images
 

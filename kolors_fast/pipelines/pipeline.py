@@ -36,6 +36,7 @@ class Pipeline:
     parts: ClassVar[Mapping[str, Part]]  # components beside the scheduler, as model_index.json has them
     index_name: ClassVar[str]  # the class there
     denoiser_name: ClassVar[str]
+    typed: ClassVar[Mapping[str, Any]] = {}  # arguments for prompts from the command line or a file of them
     _callback_tensor_inputs: ClassVar[list[str]]  # the name that diffusers' callbacks read
 
     vae: Any

@@ -51,6 +51,7 @@ class PixArtPipeline(Pipeline):
     index_name = "PixArtAlphaPipeline"
     denoiser_name = "transformer"
     tokens: ClassVar[int] = ALPHA_TOKENS  # of captions that the transformer was trained with
+    typed: ClassVar = {"clean_caption": False}  # for they hold no markup, and cleaning takes Chinese out
     _callback_tensor_inputs: ClassVar = ["latents", "prompt_embeds", "prompt_attention_mask"]
 
     transformer: PixArtTransformer

@@ -106,6 +106,7 @@ class Painter:
             negative_prompt=negatives or None,
             # of the CPU, so that a seed is a picture on every device
             generator=[torch.Generator("cpu").manual_seed(request.seed) for request in part],
+            **self._pipeline.typed,
         ).images
         return images
 
