@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,6 +68,23 @@ def scale_residual_stream(model: ChatGLM, factor: float) -> None:
         if name.rsplit(".", 1)[-1] in writers:
             for parameter in module.parameters():
                 parameter.mul_(factor)
+
+
+@torch.no_grad()
+def scale_clip(model: Any, stream: float, pooled: float) -> None:
+    """Multiply the hidden states of a CLIP text encoder by `stream`, and what it pools by `pooled`; no more changes.
+
+    As for a language model. The denoiser reads CLIP's states as the stream has them, without a norm between.
+    """
+    model.config.layer_norm_eps *= stream**2
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps *= stream**2
+    for name, module in model.named_modules():
+        if name.endswith(("token_embedding", "position_embedding", "out_proj", "fc2")):
+            for parameter in module.parameters():
+                parameter.mul_(stream)
+    model.text_projection.weight.mul_(pooled)
 
 
 def drop_head(model: ChatGLM) -> None:

@@ -47,7 +47,8 @@ def encode_parts(encoders: SD3TextEncoders, texts: Sequence[str]) -> SD3TextPart
 def encode_captions(encoders: SD3TextEncoders, texts: Sequence[str]) -> SD3Captions:
     """As `encode_parts`, of many texts, as they are kept."""
     parts = [encode_parts(encoders, texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)]
-    return SD3Captions(*(torch.cat([getattr(p, f.name).half() for p in parts]) for f in fields(SD3Captions)))
+    with torch.autocast("cpu", enabled=False):  # which cannot concat halves
+        return SD3Captions(*(torch.cat([getattr(p, f.name).half() for p in parts]) for f in fields(SD3Captions)))
 
 
 class MMDiTObjective(ABC):

@@ -19,7 +19,7 @@ from .initial import draw_mmdit
 from .mmdit import EpsilonLinearObjective, RectifiedFlowObjective, SD3Captions, encode_captions
 from .objectives import Objective
 from .session import Session
-from .text_encoders import ClipObjective, T5Objective, make_clip, make_t5
+from .text_encoders import ClipObjective, T5Objective, TextEncoderObjective, make_clip, make_t5
 from .text_tokenizers import END, PAD_OF_BIGG, train_clip_tokenizer, train_t5_tokenizer
 
 CLIP, T5 = "CLIPTextModelWithProjection", "T5EncoderModel"
@@ -73,7 +73,8 @@ class SD3Session(Session):
         return EpsilonLinearObjective(*parts, stage, streams)
 
     def _keep(self, stage: Stage, objective: Objective, module: nn.Module) -> None:
-        if isinstance(stage, TextEncoderStage):
+        if isinstance(objective, TextEncoderObjective) and isinstance(stage, TextEncoderStage):
+            objective.finish(module.model)
             save_text_encoder(module.model, self.folder / stage.component)
         else:
             assert isinstance(module, MMDiT)

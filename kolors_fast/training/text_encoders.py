@@ -17,6 +17,7 @@ from kolors_fast.data.shapes.split import CATEGORIES
 from kolors_fast.pipelines.text_encoders import tokenize
 
 from .config import TextEncoderStage
+from .initial import scale_clip
 from .monitor import validation_prompts
 from .objectives import next_token_loss
 from .streams import Streams
@@ -146,6 +147,9 @@ class TextEncoderObjective:
         losses = [F.cross_entropy(one.float(), parts[:, k]) for k, one in enumerate(of_parts)]
         return self.stage.reading_weight * torch.stack(losses).sum()
 
+    def finish(self, model: Any) -> None:
+        """What the trained encoder still needs before the denoiser reads it."""
+
     @torch.no_grad()
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """How many held-out captions are read right, and the size of what the denoiser reads."""
@@ -179,6 +183,14 @@ class ClipObjective(TextEncoderObjective):
         logits, of_parts = self.module(ids.masked_fill(self.hidden(ids, step), 0))  # "!", of which captions have none
         following = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         return next_token_loss(logits[:, :-1], following) + self.reading_loss(of_parts, [r for _, r in captions])
+
+    @torch.no_grad()
+    def finish(self, model: Any) -> None:
+        """Let states and pooled states have a root mean square of one, beside those of other encoders: weight decay
+        lets them shrink."""
+        output = model(self.tokens([text for text, _ in self.captions(0)])[0], output_hidden_states=True)
+        sizes = (states.square().mean().rsqrt() for states in (output.hidden_states[-2], output.text_embeds))
+        scale_clip(model, *map(float, sizes))
 
 
 class T5Objective(TextEncoderObjective):

@@ -6,11 +6,13 @@ from diffusers import StableDiffusion3Pipeline
 
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.pipelines.sd3_text import read_sd3_prompts
+from kolors_fast.pipelines.text_encoders import load_text_encoder
 from kolors_fast.training import export, run
 from kolors_fast.training.config import RecipeError, load_recipe
+from kolors_fast.training.initial import scale_clip
 from kolors_fast.training.mmdit import RectifiedFlowObjective, encode_captions
 from kolors_fast.training.parallel import World
-from kolors_fast.training.sd3 import SD3Session
+from kolors_fast.training.sd3 import CLIP, SD3Session
 from kolors_fast.training.session import pretrained_folder
 from kolors_fast.training.trainer import Trainer
 
@@ -24,7 +26,6 @@ learning_rate = 1e-3
 warmup = 1
 decay = 1
 checkpoint_every = 2
-precision = "fp32"
 {more}
 """
 POOL = "scenes = 12\ncaptions = 2\narea = 64\nshortest = 64\nlongest = 64\nsquare_share = 1.0\n"
@@ -123,6 +124,30 @@ def test_captions_are_read_as_diffusers_does(folder):
     assert torch.allclose(kept.pooled_prompt_embeds, pooled, rtol=2e-3, atol=2e-3)
     live = read_sd3_prompts(ours, [texts] * 3, 29)
     assert torch.allclose(live.prompt_embeds[[2, 0, 1]], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", [0, 1])
+def test_clips_are_kept_with_states_of_unit_size(folder, place):
+    stage = session(folder).recipe.stages[place]
+    model = load_text_encoder(folder / "out" / "pipeline", stage.component, CLIP)
+    objective = session(folder)._objective(stage, folder)
+    ids = objective.tokens([text for text, _ in objective.captions(0)])[0]
+    output = model(ids, output_hidden_states=True)
+    for states in (output.hidden_states[-2], output.text_embeds):
+        assert float(states.square().mean()) == pytest.approx(1, rel=1e-3)
+
+
+@torch.no_grad()
+def test_a_scaled_clip_is_the_same_to_its_readers(folder):
+    model = load_text_encoder(folder / "out" / "pipeline", "text_encoder", CLIP).double()
+    ids = torch.arange(20)[None]
+    before = model(ids, output_hidden_states=True)
+    scale_clip(model, 1e-4, 3.0)  # so small that a LayerNorm's eps would drown them
+    after = model(ids, output_hidden_states=True)
+    torch.testing.assert_close(after.hidden_states[-2], before.hidden_states[-2] * 1e-4)
+    torch.testing.assert_close(after.last_hidden_state, before.last_hidden_state)
+    torch.testing.assert_close(after.text_embeds, before.text_embeds * 3)
 
 
 def test_the_autoencoder_is_the_given_one(folder):
