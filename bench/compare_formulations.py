@@ -116,7 +116,7 @@ def stage_settings(options: argparse.Namespace) -> dict[str, Any]:
         "learning_rate": options.learning_rate,
         "warmup": options.steps // 20,
         "decay": options.steps // 3,
-        "precision": "fp32",
+        "precision": "bf16",
         "monitor_every": options.steps,
         "scenes": options.scenes,
         "captions": 2,
@@ -149,8 +149,8 @@ def main() -> None:
     parser.add_argument("--formulations", nargs="+", default=FORMULATIONS, help="densities, or eps/linear")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--scenes", type=int, default=40000)
     parser.add_argument("--side", type=int, default=128, help="of the pictures, in pixels")
     parser.add_argument("--prompts", type=int, default=200, help="held-out ones, judged after each run")
