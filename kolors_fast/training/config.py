@@ -148,21 +148,9 @@ class EpsilonStage(NoiseStage):
 
 @dataclass(frozen=True)
 class LearnedVarianceStage(NoiseStage):
-    """Prediction of the noise and of the reverse step's variance."""
+    """Prediction of the noise and of the reverse step's variance, from captions."""
 
     snr_gamma: float = 0.0
-
-
-@dataclass(frozen=True)
-class CaptionedStage(LearnedVarianceStage):
-    """The same from captions, by PixArt's transformer."""
-
-    masked: float = 0.0  # share of the words that are hidden from the text encoder in every second caption
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.masked < 1:
-            raise RecipeError(f"stage '{self.name}': masked: expected 0 <= masked < 1, got {self.masked}")
 
 
 @dataclass(frozen=True)
@@ -267,7 +255,7 @@ class PixArtRecipe(Recipe):
 
     objectives: ClassVar[dict[str, type[Stage]]] = {
         "class_conditional": ClassConditionalStage,
-        "learned_variance": CaptionedStage,
+        "learned_variance": LearnedVarianceStage,
     }
 
     tokenizer: dict[str, Any]

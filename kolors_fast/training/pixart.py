@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from kolors_fast.data.shapes import HeldOutPrompt, parse, phrase
 from kolors_fast.data.shapes.scene import COLOURS, SHAPES, Asked, Request
@@ -18,12 +17,12 @@ from kolors_fast.data.shapes.split import CATEGORIES, NEW_PAIRS
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.checkpoint import Config
 from kolors_fast.models.pixart import PixArtTransformer
-from kolors_fast.pipelines.pixart_text import ALPHA_TOKENS
+from kolors_fast.pipelines.pixart_text import ALPHA_TOKENS, read_pixart_prompts
 from kolors_fast.pipelines.text_encoders import load_text_encoder, load_tokenizer, save_text_encoder, save_tokenizer
 from kolors_fast.schedulers import DPMSolverMultistepScheduler
 
 from .checkpoint import read_state, tensors, write_state
-from .config import CaptionedStage, ClassConditionalStage, PixArtRecipe, RecipeError, Stage
+from .config import ClassConditionalStage, LearnedVarianceStage, PixArtRecipe, RecipeError, Stage
 from .dit import DiT
 from .learned_variance import LearnedVarianceObjective
 from .objectives import Objective
@@ -32,7 +31,6 @@ from .session import Session, pretrained_folder
 KINDS = tuple((shape, colour) for colour in COLOURS for shape in SHAPES)  # the DiT's classes
 DIT = "dit.pt"
 _AT_ONCE = 256
-_HIDDEN_STREAM = 2**30 - 2  # of the words hidden in a pool; steps do not come so far
 
 
 class PixArtSession(Session):
@@ -65,11 +63,10 @@ class PixArtSession(Session):
         if isinstance(stage, ClassConditionalStage):
             pool = self._pool(stage, folder, encode_kinds, Kinds)
             return ClassConditionalObjective(self._dit(), vae, encode_kinds, pool, stage, streams)
-        assert isinstance(stage, CaptionedStage)
+        assert isinstance(stage, LearnedVarianceStage)
         tokenizer = load_tokenizer(self.folder, "tokenizer", "T5Tokenizer")
         encode = partial(encode_captions, load_text_encoder(self.folder, "text_encoder", "T5EncoderModel"), tokenizer)
-        hidden = partial(encode, masked=stage.masked, generator=streams.torch(_HIDDEN_STREAM))
-        pool = self._pool(stage, folder, hidden, T5Captions)
+        pool = self._pool(stage, folder, encode, T5Captions)
         return TextObjective(self._transformer(), vae, encode, pool, stage, streams)
 
     def _keep(self, stage: Stage, objective: Objective, module: nn.Module) -> None:
@@ -158,36 +155,25 @@ class T5Captions:
         return states.masked_fill(~present[..., None], 0.0), present.long()
 
 
-def encode_captions(
-    text_encoder: Any,
-    tokenizer: Any,
-    texts: list[str],
-    masked: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> T5Captions:
+def encode_captions(text_encoder: Any, tokenizer: Any, texts: list[str]) -> T5Captions:
     """T5's states of captions, in full precision, as at inference; the empty one has the state of its end alone.
 
-    Captions are not cleaned: cleaning takes Chinese out. Of every second one, a share `masked` of the words is unknown
-    to T5. Where a colour must be drawn without its shape, and a shape without its colour, pairs that no caption has are
-    drawn as well.
+    Captions are not cleaned: cleaning takes Chinese out.
     """
-    rows = [torch.tensor(ids) for ids in tokenizer([text.lower().strip() for text in texts])["input_ids"]]
-    if masked:
-        for row in rows[1::2]:
-            row[(torch.rand(len(row), generator=generator) < masked) & (row > tokenizer.unk_token_id)] = (
-                tokenizer.unk_token_id
-            )
-    lengths = torch.tensor([len(row) for row in rows])
+    lengths = torch.tensor([len(ids) for ids in tokenizer([text.lower().strip() for text in texts])["input_ids"]])
     if (longest := int(lengths.max())) > ALPHA_TOKENS:
         raise ValueError(f"captions: expected at most {ALPHA_TOKENS} tokens, got {longest}")
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     states = torch.empty(int(starts[-1]), text_encoder.config.d_model, dtype=torch.float16)
     for some in lengths.argsort().split(_AT_ONCE):  # of about equal length
-        ids = pad_sequence([rows[i] for i in some], batch_first=True, padding_value=tokenizer.pad_token_id)
-        present = torch.arange(ids.shape[1]) < lengths[some, None]
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            found = text_encoder(ids, attention_mask=present.long())[0]
-        states[(starts[some][:, None] + torch.arange(ids.shape[1]))[present]] = found[present].half()
+        with torch.autocast("cpu", enabled=False):
+            features = read_pixart_prompts(
+                tokenizer, text_encoder, [texts[i] for i in some], int(lengths[some].max()), clean_caption=False
+            )
+        present = features.prompt_attention_mask.bool()
+        states[(starts[some][:, None] + torch.arange(present.shape[1]))[present]] = features.prompt_embeds[
+            present
+        ].half()
     return T5Captions(states, starts)
 
 
