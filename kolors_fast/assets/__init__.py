@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BUNDLED = ("kolors-tiny",)
+BUNDLED = ("kolors-tiny", "sd3-tiny", "pixart-tiny")
 
 
 def bundled(name: str) -> Path:

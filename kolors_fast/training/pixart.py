@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.checkpoint import Config
 from kolors_fast.models.pixart import PixArtTransformer
 from kolors_fast.pipelines.pixart_text import ALPHA_TOKENS, read_pixart_prompts
-from kolors_fast.pipelines.text_encoders import load_text_encoder, load_tokenizer, save_text_encoder, save_tokenizer
+from kolors_fast.pipelines.text_encoders import load_text_encoder, load_tokenizer, save_text_encoder
 from kolors_fast.schedulers import DPMSolverMultistepScheduler
 
 from .checkpoint import read_state, tensors, write_state
@@ -55,8 +56,7 @@ class PixArtSession(Session):
                 load_text_encoder(source.parent, source.name, "T5EncoderModel"), self.folder / "text_encoder"
             )
         if not (self.folder / "tokenizer").exists():
-            source = pretrained_folder(self.recipe.tokenizer["pretrained"])
-            save_tokenizer(load_tokenizer(source.parent, source.name, "T5Tokenizer"), self.folder / "tokenizer")
+            shutil.copytree(pretrained_folder(self.recipe.tokenizer["pretrained"]), self.folder / "tokenizer")
 
     def _objective(self, stage: Stage, folder: Path) -> Objective:
         vae, streams = self._frozen(AutoencoderKL, "vae"), self._streams(stage)
