@@ -35,6 +35,9 @@ _packed = Derived(PACKED_LIMIT)
 PANEL = 32  # columns, as csrc/cpu/product.h has them
 POSITIONS = 16  # of a window, as csrc/cpu/winograd.cpp has them
 _OURS = ("kolors_fast",)
+# below, a call takes as long as its product (4.5 and 4.8 us for 2 rows of 64 by 64 on an AMD EPYC), whoever makes it, and
+# torch, whose sums of one row are made in lanes, errs less
+LEAST_PRODUCTS = 1 << 14
 # on a CPU that was not measured: from which oneDNN's GELU as an epilogue is faster than by itself; below, it costs more
 # to set up and to reorder the weight than it saves. Of one thread of an Intel Xeon (bench/measure_gelu.py), times as
 # fast: 0.9 to 1.1 for 32 rows of 128 to 384 elements, 1.2 to 1.5 for 128 rows, 1.3 to 2.0 for 512; 0.3 to 0.7 for 8
@@ -209,9 +212,10 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
 
 @cache
 def _for_linear(x: torch.Size, weight: torch.Size) -> tuple[str, ...]:
-    if len(x) < 2:
+    rows = math.prod(x[:-1])
+    if len(x) < 2 or rows * math.prod(weight) < LEAST_PRODUCTS:
         return ()
-    return choose("linear", math.prod(x[:-1]), weight[1], weight[0])
+    return choose("linear", rows, weight[1], weight[0])
 
 
 @cache

@@ -53,6 +53,13 @@ def test_winograds_convolution_is_for_one_kernel(monkeypatch: pytest.MonkeyPatch
         assert _products._for_conv2d(x, other, *steps) == ("packed",)
 
 
+def test_the_smallest_products_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_products, "choose", lambda *_: ("kolors_fast",))
+    choose = _products._for_linear.__wrapped__
+    assert choose(torch.Size((1, 64)), torch.Size((80, 64))) == ()
+    assert choose(torch.Size((1, 256)), torch.Size((64, 256))) == ("kolors_fast",)
+
+
 def test_the_table_says_where_it_is_from() -> None:
     for machine in json.loads((Path(_products.__file__).parent / "products.json").read_text()).values():
         assert {"command", "commit", "torch", "threads", "rows"} <= set(machine)
