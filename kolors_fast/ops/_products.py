@@ -35,7 +35,7 @@ _packed = Derived(PACKED_LIMIT)
 PANEL = 32  # columns, as csrc/cpu/product.h has them
 POSITIONS = 16  # of a window, as csrc/cpu/winograd.cpp has them
 _OURS = ("kolors_fast",)
-# below, a call takes as long as its product (4.5 and 4.8 us for 2 rows of 64 by 64 on an AMD EPYC), whoever makes it, and
+# below, the call takes longer than its product, whoever makes it (4.5 and 4.8 us for 2 rows of 64 by 64, AMD EPYC), and
 # torch, whose sums of one row are made in lanes, errs less
 LEAST_PRODUCTS = 1 << 14
 # on a CPU that was not measured: from which oneDNN's GELU as an epilogue is faster than by itself; below, it costs more
