@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a model from a recipe")
     train.set_defaults(run=_train)
-    train.add_argument("recipe", help="the name of a shipped recipe (kolors-tiny) or a TOML file")
+    train.add_argument("recipe", help="a shipped recipe (kolors-tiny, sd3-tiny, pixart-tiny) or a TOML file")
     train.add_argument("-o", "--output", type=Path, required=True, help="folder of checkpoints and of the model")
     train.add_argument("--stages", nargs="+", help="only these stages of the recipe, in its order")
     train.add_argument("--threads", type=int, help="CPU threads; default: all")
@@ -96,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="kolors-tiny", help="bundled name, folder or hub id; default: kolors-tiny")
+    model = "bundled name (kolors-tiny, sd3-tiny, pixart-tiny), folder or hub id; default: kolors-tiny"
+    parser.add_argument("--model", default="kolors-tiny", help=model)
     parser.add_argument("--variant", help="file variant of the weights, such as fp16")
     parser.add_argument("--text-encoder-quantization", choices=["int8", "int4"], help="weights in 8 or 4 bits")
     parser.add_argument("--negative-prompt")
