@@ -231,7 +231,7 @@ CASES = (
     _case("no_bias", 2, 5, 32, features=24, bias=False),
     _case("odd", 3, 7, 15, features=13),
     _case("prime", 37, 41, features=23),
-    _case("one_feature", 167, 8, features=1),
+    _case("one_feature", 167, 8, features=1),  # of a few values eager's error is luck
     _case("one_deep", 19, 1, features=24),
     _case("one_row", 1, 64, features=40),
     _case("rank_1", 24, features=8),
