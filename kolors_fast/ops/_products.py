@@ -36,7 +36,7 @@ PANEL = 32  # columns, as csrc/cpu/product.h has them
 POSITIONS = 16  # of a window, as csrc/cpu/winograd.cpp has them
 _OURS = ("kolors_fast",)
 # below, nothing is gained (2 rows of 64 by 64 take 4.5 and 4.8 us, AMD EPYC: the call is most of it), and torch errs
-# less, for ours adds up the depth in one chain
+# less, for ours adds up a depth of 64 in one chain
 LEAST_PRODUCTS = 1 << 14
 # on a CPU that was not measured: from which oneDNN's GELU as an epilogue is faster than by itself; below, it costs more
 # to set up and to reorder the weight than it saves. Of one thread of an Intel Xeon (bench/measure_gelu.py), times as

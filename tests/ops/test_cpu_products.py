@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from kolors_fast.models.attention import Attention
 from kolors_fast.ops import _attention, _backends, _products, use_backend
 from kolors_fast.ops._folded_attention import attend_folded
+from kolors_fast.ops._spec import Tolerance
 
 pytestmark = pytest.mark.skipif(
     isinstance(_backends.extension("cpu"), str), reason="the C++ extension is not built: no product of ours"
@@ -165,6 +168,29 @@ def test_agrees_with_float64() -> None:
     check_winograd()
     check_attention()
     check_folded_attention()
+
+
+@pytest.mark.parametrize("rows, depth, width", [(1, 64, 512), (2, 1280, 320), (32, 1280, 320), (5, 2560, 64)])
+def test_deep_sums_keep_the_contract(rows: int, depth: int, width: int) -> None:
+    """Against torch's own errors, as ops are held to it: a sum in one chain errs with the root of its length."""
+    torch.manual_seed(depth)
+    x, w, b = torch.randn(rows, depth), torch.randn(2 * width, depth) * depth**-0.5, torch.randn(2 * width)
+
+    def gated(y: Tensor) -> Tensor:
+        value, gate = y.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    forms: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = [
+        ({}, Tensor.clone),
+        ({"gelu": True}, partial(F.gelu, approximate="tanh")),
+        ({"gated": True}, gated),
+    ]
+    for form, finish in forms:
+        got = _products._packed_linear(x, w, b, **form)
+        eager, truth = finish(F.linear(x, w, b)), finish(F.linear(x.double(), w.double(), b.double()))
+        assert got is not None
+        broken = Tolerance().violation(got, eager, truth)
+        assert broken is None, f"{form}: {broken}"
 
 
 def test_same_bits_for_any_number_of_threads_and_in_any_company(threads: None) -> None:
