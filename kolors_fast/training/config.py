@@ -148,16 +148,23 @@ class EpsilonStage(NoiseStage):
 
 @dataclass(frozen=True)
 class LearnedVarianceStage(NoiseStage):
-    """Prediction of the noise and of the reverse step's variance, from captions."""
+    """Prediction of the noise and of the reverse step's variance."""
 
     snr_gamma: float = 0.0
 
 
 @dataclass(frozen=True)
 class ClassConditionalStage(LearnedVarianceStage):
-    """The same from the kind (colour and shape) of a lone object, by a DiT that PixArt then starts from."""
+    """From the kind (colour and shape) of a lone object, by a DiT that PixArt then starts from."""
 
     objects: ClassVar[int | None] = 1
+
+
+@dataclass(frozen=True)
+class CaptionConditionalStage(LearnedVarianceStage):
+    """From captions, by PixArt."""
+
+    linear_captions: bool = False  # the caption projection becomes linear, and is not trained: see `make_linear`
 
 
 @dataclass(frozen=True)
@@ -255,7 +262,7 @@ class PixArtRecipe(Recipe):
 
     objectives: ClassVar[dict[str, type[Stage]]] = {
         "class_conditional": ClassConditionalStage,
-        "learned_variance": LearnedVarianceStage,
+        "learned_variance": CaptionConditionalStage,
     }
 
     tokenizer: dict[str, Any]

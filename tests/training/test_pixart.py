@@ -11,6 +11,7 @@ import torch
 from kolors_fast.data.shapes import parse, sample_training
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.pixart import PixArtTransformer
+from kolors_fast.models.pixart_blocks import CaptionProjection
 from kolors_fast.pipelines.pixart_text import read_pixart_prompts
 from kolors_fast.pipelines.text_encoders import load_text_encoder, load_tokenizer
 from kolors_fast.training import run
@@ -18,7 +19,7 @@ from kolors_fast.training.config import RecipeError, load_recipe, parse_recipe, 
 from kolors_fast.training.learned_variance import LearnedVarianceObjective
 from kolors_fast.training.monitor import validation_prompts
 from kolors_fast.training.parallel import World
-from kolors_fast.training.pixart import KINDS, PixArtSession, encode_captions, encode_kinds
+from kolors_fast.training.pixart import KINDS, PixArtSession, encode_captions, encode_kinds, make_linear
 from kolors_fast.training.pool import _draw_scenes
 from kolors_fast.training.trainer import Trainer
 
@@ -85,6 +86,7 @@ shortest = 32
 longest = 96
 divisor = 32
 square_share = 0.5
+linear_captions = true
 """
 
 
@@ -203,6 +205,38 @@ def test_captions_are_what_the_pipeline_reads(given):
         encode_captions(encoder, tokenizer, ["cat " * 150])
 
 
+def test_a_linear_projection_is_the_best_of_its_rank():
+    torch.manual_seed(0)
+    projection, states = CaptionProjection(12, 16), torch.randn(500, 12) @ torch.randn(12, 12) + 3
+    with torch.no_grad():
+        x, y = states.double().numpy(), projection.double()(states.double()).numpy()
+    make_linear(projection.float(), states)
+    with torch.no_grad():
+        got = projection(states).double().numpy()
+    ones = np.concatenate([x, np.ones((500, 1))], axis=1)
+    fitted = ones @ np.linalg.lstsq(ones, y, rcond=None)[0]
+    left, sizes, right = np.linalg.svd(fitted - y.mean(0), full_matrices=False)
+    assert sizes[8] > 1e-3 * sizes[0]  # something is lost
+    wanted = y.mean(0) + (left[:, :8] * sizes[:8]) @ right[:8]
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    assert not any(parameter.requires_grad for parameter in projection.parameters())
+
+
+def test_a_linear_projection_stays_linear(given, output):
+    """Training leaves it as it was, and goes on around it."""
+    folder, states = output / "pipeline", torch.randn(2, 5, JOINT_DIM)
+    trained = PixArtTransformer.from_pretrained(folder, subfolder="transformer")
+    with torch.no_grad():
+        a, b, both, none = (trained.caption_projection(x) for x in (*states, states.sum(0), torch.zeros(5, JOINT_DIM)))
+    torch.testing.assert_close(both - none, (a - none) + (b - none), rtol=0, atol=1e-5 * float(both.abs().max()))
+    session = PixArtSession(load_recipe(given / "miniature.toml"), output, World())
+    objective = session._objective(session.recipe.stages[2], output / "resolution")
+    objective.loss(0).backward()
+    assert {name for name, p in objective.module.named_parameters() if p.grad is None} == {
+        f"caption_projection.linear_{k}.{kind}" for k in (1, 2) for kind in ("weight", "bias")
+    }
+
+
 def test_dropped_captions_are_empty_ones(given, output):
     session = PixArtSession(load_recipe(given / "miniature.toml"), output, World())
     objective = session._objective(session.recipe.stages[1], output / "alignment")
@@ -243,6 +277,7 @@ def test_recipe_errors(table, tmp_path, given):
     for change, message in (
         (lambda t: t["stage"][0].update(objective="epsilon"), r"objective: expected one of \['class_conditional', 'l"),
         (lambda t: t["stage"][1].update(train_steps=500), "unknown key 'train_steps'"),
+        (lambda t: t["stage"][0].update(linear_captions=True), "unknown key 'linear_captions'"),
         (lambda t: t.pop("transformer"), "missing key 'transformer'"),
         (lambda t: t["stage"][1].update(timestep_power=0), "timestep_power: expected more than 0"),
     ):
