@@ -42,6 +42,10 @@ template <int kRows> KOLORS_FAST_INLINE void multiply_and_store(const Linear &a,
     const float *weight = a.packed + (panel * s.depth + depth.first) * kPanel;
     for (int at = 0; at < kHalfPanel; at += kWidth) {
         const int64_t left = columns.left + at, right = columns.right + at;
+        // or stores would wait for lines of y, and those of the sums behind them
+        for (int r = 0; r < kRows; ++r)
+            for (const int64_t column : {left, right})
+                __builtin_prefetch(a.y + (row + r) * s.width + column, 1);
         Floats sums[2 * kRows];
         multiply(tile, weight + at, ahead, depth.count, load_columns(bias, left, columns.left_end),
                  load_columns(bias, right, columns.right_end), sums, std::make_integer_sequence<int, kRows>{});

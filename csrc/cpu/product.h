@@ -68,22 +68,23 @@ KOLORS_FAST_INLINE void pack_tile(const float *x, int64_t stride, int64_t rows, 
             tile[k * width + r] = x[r * stride + k];
 }
 
-// One tile by one panel: sums[2 r] and sums[2 r + 1] begin as left and right. Meanwhile what follows `ahead` is
+// One tile by one panel: sums[2 r] and sums[2 r + 1] are added to left and right. Meanwhile what follows `ahead` is
 // fetched, a line for each step of the depth. A fold writes the rows out, for registers hold only what constants index.
 template <int... kRow> KOLORS_FAST_INLINE void multiply(const float *tile, const float *panel, const float *ahead,
                                                         int64_t depth, Floats left, Floats right, Floats *sums,
                                                         std::integer_sequence<int, kRow...>) {
-    ((sums[2 * kRow] = left, sums[2 * kRow + 1] = right), ...);
-    while (depth > 0) {
-        const int64_t count = at_most(depth, kChain);
+    for (int64_t done = 0; done == 0 || done < depth; done += kChain) {
+        const int64_t count = at_most(depth - done, kChain);
         Floats of[sizeof...(kRow)][2] = {};
         for (int64_t k = 0; k < count; ++k, tile += sizeof...(kRow), panel += kPanel, ahead += kLine) {
             __builtin_prefetch(ahead, 0, 2);
             const Floats b0 = load(panel), b1 = load(panel + kHalfPanel);
             ((of[kRow][0] += tile[kRow] * b0, of[kRow][1] += tile[kRow] * b1), ...);
         }
-        ((sums[2 * kRow] += of[kRow][0], sums[2 * kRow + 1] += of[kRow][1]), ...);
-        depth -= count;
+        if (done == 0)
+            ((sums[2 * kRow] = left + of[kRow][0], sums[2 * kRow + 1] = right + of[kRow][1]), ...);
+        else
+            ((sums[2 * kRow] += of[kRow][0], sums[2 * kRow + 1] += of[kRow][1]), ...);
     }
 }
 
