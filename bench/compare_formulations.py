@@ -111,8 +111,9 @@ class Study:
             return sample(mmdit, self.encoders, objective.sampler(), texts, generator, side=side, steps=steps)
 
         path = self.folder(objective.stage.name, objective.streams.seed) / f"drawn-in-{steps}.png"
-        lone = [one for one in held_out_prompts(1000) if one.category == CATEGORIES[0]]
-        found = judge_prompts(draw, self.vae, path, lone[: self.options.prompts])
+        # of one object is every fifth
+        lone = [one for one in held_out_prompts(5 * self.options.prompts) if one.category == CATEGORIES[0]]
+        found = judge_prompts(draw, self.vae, path, lone)
         return {key: found[key] for key in FIGURES}
 
 
