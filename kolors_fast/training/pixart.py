@@ -192,9 +192,8 @@ def make_linear(projection: CaptionProjection, states: Tensor) -> None:
     reduced-rank regression: least squares, and the main axes of what these predict (Izenman 1975).
 
     Why: T5 adds up what it says of a shape and of its colour, but a projection that is trained on few kinds of objects
-    learns what is particular to each. Of two pairs that no caption had, 5 to 15 % of the variance of T5's states was no
-    sum of a colour's and a shape's part, and 31 to 92 % behind pixart-tiny's projection: a "purple triangle" was drawn
-    red. With only this layer's output replaced by the sum it was drawn purple.
+    learns what is particular to each, and gives something else for a pair that no caption had: a "purple triangle" was
+    drawn red. With only this layer's output replaced by the sum of a colour's and a shape's part it was drawn purple.
     """
     x = states.double()
     y = projection.double()(x)
