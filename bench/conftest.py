@@ -123,9 +123,9 @@ def _gpu_clock(name: str, call: Callable[[], Any]) -> Callable[[], float]:
     return seconds
 
 
-def peak_bytes(call: Callable[[], Any], backend: str | None) -> int:
+def peak_bytes(call: Callable[[], Any], backend: str | None, grad: bool = False) -> int:
     """The most memory that one call holds besides its inputs, its result included."""
-    with torch.no_grad(), use_backend(backend):
+    with torch.set_grad_enabled(grad), use_backend(backend):
         call()
         if torch.cuda.is_available():
             before = torch.cuda.memory_allocated()
@@ -174,7 +174,7 @@ def race(benchmark: Any) -> Callable[..., None]:
                 elif name in SELECTED:
                     entered[name] = entry()
             if memory:
-                _PEAK.update({n: peak_bytes(*e) for n, e in entered.items() if not isinstance(e, str)})
+                _PEAK.update({n: peak_bytes(*e, grad) for n, e in entered.items() if not isinstance(e, str)})
             _LAST[group] = take_turns(entered, rounds, iterations, grad, graph, warmup)
         times = _LAST[group][provider]
         if isinstance(times, str):

@@ -1,4 +1,5 @@
-"""Measure from which size on upsampling by phases pays on this CPU, for `PHASES_FROM` in kolors_fast/models/layers.py:
+"""Measure from which size on upsampling by phases pays on this CPU, for `PHASES_FROM` in kolors_fast/models/layers.py,
+and where there is a GPU, `doubled_map` beside torch's nearest neighbour:
 
 python bench/measure_upsampling.py
 """
@@ -9,6 +10,7 @@ import statistics
 import time
 
 import torch
+import torch.nn.functional as F
 
 from kolors_fast import without
 from kolors_fast.models import layers
@@ -19,6 +21,20 @@ def microseconds(layer: layers.Upsample, x: torch.Tensor) -> float:
     for _ in range(10):
         layer(x)
     return (time.perf_counter() - start) * 1e5
+
+
+@torch.no_grad()
+def on_gpu() -> None:
+    """Kolors' two maps, and those of its autoencoder."""
+    from measure_attention import clock
+
+    torch.cuda.set_stream(torch.cuda.Stream())
+    for shape in ((2, 1280, 32, 32), (2, 640, 64, 64), (1, 512, 128, 128), (1, 512, 256, 256), (1, 256, 512, 512)):
+        x = torch.randn(shape, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        theirs = clock(lambda x=x: F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        ours = clock(lambda x=x: layers.doubled_map(x))
+        medians = [statistics.median(column) for column in zip(*[(theirs(), ours()) for _ in range(9)], strict=True)]
+        print(f"{shape}: torch {medians[0]:7.1f} us, ours {medians[1]:7.1f}")
 
 
 @torch.no_grad()
@@ -41,4 +57,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if torch.cuda.is_available():
+        on_gpu()
     main()

@@ -1,6 +1,6 @@
 """Where the time of one denoising step goes, by kernel: ours and diffusers' on the same weights.
 
-    python bench/profile_step.py [unet | mmdit | pixart] [rows]
+    python bench/profile_step.py [unet | mmdit | pixart | training] [rows]
 
 Kolors' own size (the UNet), SD3-medium's or PixArt-XL/2's in bfloat16 at 1024x1024 where there is a GPU, the small
 model in float32 on a CPU.
@@ -23,6 +23,10 @@ def step_of(model: str, device: str) -> dict[str, Any]:
         dtype = torch.bfloat16 if on_gpu else torch.float32
         config, side = (KOLORS_UNET, 128) if on_gpu else (SMALL_UNET, 32)
         return _step_of(config, side, device, dtype, providers)
+    if model == "training":
+        from bench_training import line_up_of
+
+        return line_up_of(device, providers)
     from bench_transformers import CASES, step_of
 
     released = {"mmdit": "sd3_medium", "pixart": "pixart_xl2"}
@@ -34,7 +38,7 @@ def main() -> None:
     rows = int(sys.argv[2]) if len(sys.argv) > 2 else 25
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with torch.no_grad():
+    with torch.set_grad_enabled(model == "training"):
         for name, (call, _) in step_of(model, "cuda" if on_gpu else "cpu").items():
             call()
             with profile(activities=activities) as profiled:

@@ -95,7 +95,10 @@ def store_rows(
     dtype = ptr.dtype.element_ty
     target = ptr + row[:, None] * stride
     column = tl.arange(0, MAIN)
-    tl.store(target + column[None, :], main.to(dtype), mask=(row < left)[:, None])
+    inside = (row < left)[:, None]
+    if MAIN > HEAD:
+        inside &= (column < HEAD)[None, :]
+    tl.store(target + column[None, :], main.to(dtype), mask=inside)
     if TAIL > 0:
         column = MAIN + tl.arange(0, TAIL)
         tl.store(target + column[None, :], tail.to(dtype), mask=(row < left)[:, None] & (column < HEAD)[None, :])
@@ -126,11 +129,12 @@ def _load_weight(
     column = FIRST + tl.arange(0, COLUMNS)
     inside = column < HEAD
     if ptr is None:
-        return tl.load(added_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if added_ptr is not None:
-        added_weight = tl.load(added_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.where(in_added, added_weight, weight)
+        weight = tl.load(added_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    else:
+        weight = tl.load(ptr + column, mask=inside, other=0.0).to(tl.float32)
+        if added_ptr is not None:
+            added_weight = tl.load(added_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            weight = tl.where(in_added, added_weight, weight)
     return weight
 
 
@@ -248,7 +252,10 @@ def _normalise_kernel(
     inside = index < count
 
     column = tl.arange(0, MAIN)
-    x = tl.load(x_ptr + offset[:, None] + column[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+    inside_main = inside[:, None]
+    if MAIN > HEAD:
+        inside_main &= (column < HEAD)[None, :]
+    x = tl.load(x_ptr + offset[:, None] + column[None, :], mask=inside_main, other=0.0).to(tl.float32)
     x_tail = x
     if TAIL > 0:
         column = MAIN + tl.arange(0, TAIL)

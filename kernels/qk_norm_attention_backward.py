@@ -112,7 +112,8 @@ def _finish(
         grad = normalised_or(grad, grad_x, weight_ptr, added_weight_ptr, in_added)
         grad_tail = normalised_or(grad_tail, grad_x_tail, weight_ptr, added_weight_ptr, in_added)
         part = grad_weight_ptr + tl.program_id(0).to(tl.int64) * HEAD
-        tl.store(part + tl.arange(0, MAIN), grad_weight)
+        column = tl.arange(0, MAIN)
+        tl.store(part + column, grad_weight, mask=column < HEAD)
         if TAIL > 0:
             column = MAIN + tl.arange(0, TAIL)
             tl.store(part + column, grad_weight_tail, mask=column < HEAD)

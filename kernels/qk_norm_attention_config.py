@@ -24,7 +24,7 @@ class Tile:
 class Config:
     """How an attention is cut into programs. Nothing here follows the resolution of the picture."""
 
-    main: int  # columns of a head: the largest power of two in it, ...
+    main: int  # columns of a head: the largest power of two in it, and at least 16, ...
     tail: int  # ... and a second tile for those left over, 0 without any
     block_r: int  # rows that one program normalises
     forward: Tile
@@ -33,10 +33,13 @@ class Config:
 
 
 def head_split(head_dim: int) -> tuple[int, int]:
-    """(main, tail): a head of 72 is 64 + 16 columns, of which 8 are empty, instead of 128 with 56 empty ones."""
-    main = 1 << head_dim.bit_length() - 1
+    """(main, tail): a head of 72 is 64 + 16 columns, of which 8 are empty, instead of 128 with 56 empty ones.
+
+    Compiled products add up 16 elements or more.
+    """
+    main = max(16, 1 << head_dim.bit_length() - 1)
     rest = head_dim - main
-    return main, max(16, 1 << (rest - 1).bit_length()) if rest else 0
+    return main, max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
 
 
 @cache

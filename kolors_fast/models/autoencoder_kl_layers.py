@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..ops._products import conv2d, linear
 from ..ops.group_norm_silu import group_norm_silu
 from .attention import Attention
-from .layers import Downsample, GroupNorm, ResnetBlock, Upsample, is_wrapped, to_map, to_tokens
+from .layers import Downsample, GroupNorm, ResnetBlock, Upsample, doubled_map, is_wrapped, to_map, to_tokens
 
 NORM_EPS = 1e-6
 FLOAT16_SCALE = 2.0**-6
@@ -164,4 +164,4 @@ class AutoencoderUpsample(Upsample):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[override]
         if scale == 1:
             return super().forward(x)
-        return affine(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"), scale, normalised=False)
+        return affine(self.conv, doubled_map(x), scale, normalised=False)

@@ -210,7 +210,22 @@ class Upsample(nn.Module):
         doubled = (2 * height, 2 * width)
         if size in (None, doubled) and upsamples_by_phases(self.conv, x):
             return conv_of_doubled(self.conv, x)
-        return self.conv(F.interpolate(x, size=size or doubled, mode="nearest"))
+        return self.conv(doubled_map(x) if size in (None, doubled) else F.interpolate(x, size=size, mode="nearest"))
+
+
+def doubled_map(x: Tensor) -> Tensor:
+    """Nearest neighbour of [B, C, H, W] at twice the size.
+
+    On a GPU as a copy of a view that has each pixel four times, which takes half as long as torch's kernel for
+    channels_last: 61 and 126 us for 2x640x64x64, 0.74 and 1.58 ms for 1x256x512x512 (NVIDIA H200, bfloat16, torch 2.11,
+    bench/measure_upsampling.py).
+    """
+    if not x.is_cuda or not x.is_contiguous(memory_format=torch.channels_last):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    batch, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1)[:, :, None, :, None]  # [B, H, 1, W, 1, C]
+    pixels = pixels.expand(batch, height, 2, width, 2, channels).reshape(batch, 2 * height, 2 * width, channels)
+    return pixels.permute(0, 3, 1, 2)
 
 
 _phases = Derived()

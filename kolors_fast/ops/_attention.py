@@ -10,8 +10,8 @@ FlashAttention-2 321.
   and sm_100, else FlashAttention-2, and the memory-efficient kernel with a bias or in fp32. Nothing is forced here; a
   caller's `torch.nn.attention.sdpa_kernel` holds.
 - flash_attn and xformers bring the kernels that a torch built without flash attention lacks.
-- The Triton kernel normalises by itself, so it is a column of the op. It comes before the last resort only: its own
-  rate has not been measured on a GPU yet.
+- The Triton kernel normalises by itself, so it is a column of the op. Where a prompt has few keys it leads, else it
+  comes before the last resort only. A caller who forces the `cuda` backend gets the best of the others.
 - math is the same torch function, where it would write out the L x S matrix.
 - On a CPU ours (csrc/cpu/attention.cpp) runs in float32 without a gradient, where it was measured to be faster than
   torch's for the nearest number of heads, keys and elements (`_products.choose`).
@@ -31,9 +31,10 @@ from torch import Tensor
 from . import _backends, _library, _products
 
 ORDER: Mapping[str, tuple[str, ...]] = {
-    "cuda": ("flash_attn_3", "sdpa", "flash_attn", "xformers", "triton", "math"),
+    "cuda": ("triton_few_keys", "flash_attn_3", "sdpa", "flash_attn", "xformers", "triton", "math"),
     "cpu": ("kolors_fast", "math"),  # torch's flash attention for CPUs hides behind the same function
 }
+OF_THE_COLUMN = ("triton_few_keys", "triton")  # these normalise by themselves and read what is not packed
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -79,10 +80,15 @@ def _architecture(index: int) -> int:
     return 10 * major + minor
 
 
-def choose(request: Request) -> str:
-    """The first provider that does not decline; the last one of the order never does."""
+def choose(request: Request, packed: bool = False) -> str:
+    """The first provider that does not decline; the last one of the order never does.
+
+    Args:
+        packed: whether queries, keys and values are packed already, which leaves the Triton kernel out.
+    """
     order = ORDER.get(request.device, ("math",))
-    return next(name for name in order if PROVIDERS[name].declines(request) is None)
+    able = (name for name in order if not (packed and name in OF_THE_COLUMN))
+    return next(name for name in able if PROVIDERS[name].declines(request) is None)
 
 
 def reasons(request: Request) -> dict[str, str]:
@@ -97,7 +103,27 @@ def reasons(request: Request) -> dict[str, str]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:
     """softmax(scale * q @ k^T + key_bias) @ v: [B, L, H, D], by the provider that the inputs choose."""
-    return PROVIDERS[choose(request_of(q, k, v, key_bias))].run(q, k, v, key_bias, scale)
+    return PROVIDERS[choose(request_of(q, k, v, key_bias), packed=True)].run(q, k, v, key_bias, scale)
+
+
+# ---- Triton's, on few keys
+
+# up to which number of keys, which stay on chip, the kernel was measured to be faster than torch's choice: an NVIDIA
+# H200 in bfloat16, torch 2.11 (bench/measure_attention.py). us of torch and of ours for 2x4096x10x64 queries: 64 keys 15.4
+# and 9.9, 128 keys 14.6 and 15.8; with a bias 21 keys 37.5 and 11.1, 128 keys 20.0 and 14.5, 256 keys 29.3 and 44.9.
+# Heads of 72: 64 keys 30.5 and 20.5, with a bias 39.0 and 23.0, 120 keys 39.4 and 63.7
+FEW_KEYS, FEW_BIASED_KEYS = 64, 128
+
+
+def _few_keys_declines(request: Request) -> str | None:
+    if reason := _backends.unavailable("triton"):
+        return reason
+    if request.architecture != 90:
+        return f"was measured on sm_90, got sm_{request.architecture}"
+    most = FEW_BIASED_KEYS if request.biased and request.head_dim <= 64 else FEW_KEYS
+    if request.keys > most or request.head_dim > 128 or request.dtype not in _HALF:
+        return f"keeps {most} keys of 128 elements of 16 bit, got {request.keys} of {request.head_dim} {request.dtype}"
+    return None if request.plain else "was measured without a gradient, a traced graph and autocast"
 
 
 # ---- torch
@@ -221,6 +247,7 @@ PROVIDERS = {
         lambda q, k, v, _, scale: _flash("flash_attn", q, k, v, scale),
     ),
     "xformers": Provider(_xformers_declines, _xformers),
+    "triton_few_keys": Provider(_few_keys_declines, _triton),
     "triton": Provider(lambda request: _backends.unavailable("triton"), _triton),
     "math": Provider(lambda request: None, _sdpa),
 }

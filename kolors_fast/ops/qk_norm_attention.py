@@ -227,8 +227,10 @@ def _triton_backward(
 
 
 def _declines(call: Call) -> str | None:
-    """Packing serves another attention."""
-    if _attention.choose(_attention.request_of(call.q, call.k, call.v, call.key_bias)) == "triton":
+    """Packing serves another attention, and whoever asks for it."""
+    if _backends.forced() is not None:
+        return None
+    if _attention.choose(_attention.request_of(call.q, call.k, call.v, call.key_bias)) in _attention.OF_THE_COLUMN:
         return "the Triton kernel is the best attention for this call, and reads what is not packed"
     return None
 

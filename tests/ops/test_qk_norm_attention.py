@@ -14,7 +14,7 @@ from torch import Tensor
 from kolors_fast.ops import AddedStream, _attention, explain, qk_norm, qk_norm_attention, use_backend
 from kolors_fast.ops._attention import ORDER, Request, choose, reasons
 
-BF16 = Request("cuda", 90, torch.bfloat16, 64, False, False, True)
+BF16 = Request("cuda", 90, torch.bfloat16, 64, False, False, True, 20, 4096)
 
 
 def rows(*shape: int) -> Tensor:
@@ -184,6 +184,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]
     monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
     monkeypatch.setattr(_attention, "missing", _attention.missing.__wrapped__)  # asked anew each time
     monkeypatch.setattr(_attention, "_flash_in_torch", lambda: True)
+    monkeypatch.setattr(_attention._backends, "unavailable", lambda backend: None)
     monkeypatch.setattr(_attention._products, "choose", lambda *_: ("kolors_fast",))
     return calls
 
@@ -195,6 +196,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]
         (BF16._replace(architecture=80), "sdpa"),
         (BF16._replace(architecture=100), "sdpa"),
         (BF16._replace(biased=True), "sdpa"),
+        (BF16._replace(keys=64), "triton_few_keys"),
+        (BF16._replace(keys=65), "flash_attn_3"),
+        (BF16._replace(keys=128, biased=True), "triton_few_keys"),
+        (BF16._replace(keys=129, biased=True), "sdpa"),
+        (BF16._replace(keys=65, biased=True, head_dim=72), "sdpa"),
+        (BF16._replace(keys=64, plain=False), "flash_attn_3"),
+        (BF16._replace(keys=64, architecture=80), "sdpa"),
         (BF16._replace(dtype=torch.float32), "sdpa"),
         (BF16._replace(head_dim=512), "sdpa"),
         (Request("cpu", 0, torch.float32, 64, False, False, True, 8, 64), "kolors_fast"),
@@ -210,6 +218,12 @@ def test_the_first_that_can_is_chosen(installed: Any, request_: Request, chosen:
     assert [name for name, verdict in table.items() if verdict == "runs"] == [chosen]
     before = list(table.values())[: list(table).index(chosen)]
     assert all(verdict.startswith("declines: ") for verdict in before)
+
+
+def test_whoever_packed_gets_another_attention_than_tritons(installed: Any) -> None:
+    assert choose(BF16._replace(keys=64), packed=True) == "flash_attn_3"
+    odd = BF16._replace(head_dim=10, biased=True)
+    assert choose(odd) == "triton" and choose(odd, packed=True) == "math"
 
 
 def test_a_torch_without_flash_attention_leaves_it_to_packages(installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,7 +228,8 @@ def test_a_graph_on_a_cpu_is_refused() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs, and torch sees no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_captured_pictures_on_a_gpu(dtype: torch.dtype) -> None:
+def test_captured_pictures_on_a_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # else fp32 convolutions err by 1e-3 of the largest
     pipeline = KolorsPipeline.from_pretrained(bundled("kolors-tiny"), torch_dtype=dtype).to("cuda")
     pipeline.set_progress_bar_config(disable=True)
 
