@@ -109,9 +109,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, scale: floa
 # ---- Triton's, on few keys
 
 # up to which number of keys, which stay on chip, the kernel was measured to be faster than torch's choice: an NVIDIA
-# H200 in bfloat16, torch 2.11 (bench/measure_attention.py). us of torch and of ours for 2x4096x10x64 queries: 64 keys 15.4
-# and 9.9, 128 keys 14.6 and 15.8; with a bias 21 keys 37.5 and 11.1, 128 keys 20.0 and 14.5, 256 keys 29.3 and 44.9.
-# Heads of 72: 64 keys 30.5 and 20.5, with a bias 39.0 and 23.0, 120 keys 39.4 and 63.7
+# H200 in bfloat16, torch 2.11 (bench/measure_attention.py). us of torch and of ours for 2x4096x10x64 queries: 64 keys
+# 15.4 and 9.9, 128 keys 14.6 and 15.8; with a bias 21 keys 37.5 and 11.1, 128 keys 20.0 and 14.5, 256 keys 29.3 and
+# 44.9. Heads of 72: 64 keys 30.5 and 20.5, with a bias 39.0 and 23.0, 120 keys 39.4 and 63.7
 FEW_KEYS, FEW_BIASED_KEYS = 64, 128
 
 
