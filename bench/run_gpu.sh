@@ -40,7 +40,7 @@ bench() { # name, seconds that it may take, pytest's -k
 nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm --format=csv | tee "$out/gpu.csv"
 part build 90 python -m pip install --quiet --no-index --no-build-isolation --no-deps -e .
 if [ "$what" = ops ]; then
-    part tests 110 python -m pytest tests/ops/test_ops.py -q -p no:cacheprovider -n auto -k "cuda or triton" --maxfail=50
+    part tests 200 python -m pytest tests/ops/test_ops.py -q -p no:cacheprovider -n auto -k "cuda or triton" --maxfail=50
     part sanitizer 80 tests/compute_sanitizer.sh
     # first what decides; torch.compile takes its time to compile, so on few shapes
     bench forward 90 "test_forward and not compile"
@@ -49,20 +49,20 @@ if [ "$what" = ops ]; then
     bench compiled 50 "test_forward and (sd3_2x4096x1536 or kolors_2x640x64x64 or kolors_2x1024x10240)"
 elif [ "$what" = models ]; then
     part graphs 60 python -m pytest tests/sampling/test_graphs.py -q -p no:cacheprovider
-    bench step 60 "unet_step and not compile and not autotune"
+    bench step 60 "unet_step and not (compile or autotune or reference)"
     bench savings 60 "savings"
     bench parts 80 "(block or host or decode or encoding) and not compile"
     part profile 40 python bench/profile_step.py unet 40
-    bench compiled 180 "unet_step"
+    bench compiled 240 "unet_step and not reference"
     bench first 60 "first_picture and not compile"
 else
     part graphs 60 python -m pytest tests/sampling/test_graphs.py -q -p no:cacheprovider
-    bench step 90 "test_step and not compile and not autotune"
+    bench step 90 "test_step and not (compile or autotune or reference)"
     bench blocks 40 "block and not compile"
     bench savings 90 "savings"
     part mmdit 40 python bench/profile_step.py mmdit 40
     part pixart 40 python bench/profile_step.py pixart 40
-    bench compiled 180 "test_step and (sd3_medium- or pixart_xl2)"
+    bench compiled 180 "test_step and not reference and (sd3_medium- or pixart_xl2)"
 fi
 if [ ${#rows[@]} -gt 0 ]; then
     python bench/table.py "${rows[@]}" | tee "$out/$what.md"
