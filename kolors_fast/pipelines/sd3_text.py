@@ -237,7 +237,11 @@ def drop_sd3_features(
     """
     expect(0 <= probability <= 1, "probability", "0 to 1", probability)
     device = None if generator is None else generator.device
-    drops = torch.rand(3, len(parts), generator=generator, device=device) < probability
+    return without_encoders(parts, torch.rand(3, len(parts), generator=generator, device=device) < probability)
+
+
+def without_encoders(parts: SD3TextParts, drops: Tensor) -> SD3TextParts:
+    """Zeros in place of an encoder's output where `drops` [3, B], of CLIP L, CLIP G and T5, says so."""
 
     def dropped(value: Tensor, drop: Tensor) -> Tensor:
         return value.masked_fill(drop.to(value.device).view(-1, *(1,) * (value.dim() - 1)), 0)

@@ -49,7 +49,7 @@ class Stage:
     name: str
     objective: str
     steps: int
-    batch: int  # per process
+    batch: int  # of all processes together
     learning_rate: float
     warmup: int = 200
     decay: int = 1000  # the last steps

@@ -18,7 +18,7 @@ from kolors_fast.schedulers import DPMSolverMultistepScheduler
 from .config import LearnedVarianceStage
 from .monitor import STEPS, judge_prompts
 from .objectives import add_noise, draw_timesteps, snr_weights
-from .pool import Encode, LatentPool
+from .pool import Encode, LatentPool, draw_batch
 from .streams import Streams
 
 TRAIN_STEPS = 1000
@@ -117,16 +117,14 @@ class LearnedVarianceObjective(ABC):
         """Noise and v [B, 2C, h, w], from what `Captions.gather` gives."""
 
     def loss(self, step: int) -> Tensor:
-        rng, generator, stage = self.streams.numpy(step), self.streams.torch(step), self.stage
-        bucket, items = self.pool.batch(step, stage.batch)
-        latents = bucket.latents[items].float()  # [B, C, h, w]
-        choice = torch.from_numpy(rng.integers(stage.captions, size=len(items)))
-        dropped = torch.from_numpy(rng.random(len(items)) < stage.caption_dropout)
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = draw_timesteps(len(items), TRAIN_STEPS, stage.timestep_power, stage.timestep_falloff, generator)
+        stage, drawn = self.stage, draw_batch(self.pool, self.stage, self.streams, step)
+        latents, noise = drawn.latents, drawn.noise  # [b, C, h, w]
+        timesteps = draw_timesteps(
+            stage.batch, TRAIN_STEPS, stage.timestep_power, stage.timestep_falloff, self.streams.torch(step)
+        )[drawn.rows]
         signal = self.process.signal[timesteps]
         noisy = add_noise(latents, noise, signal)
-        output = self.predict(self.module, noisy, timesteps, bucket.texts(items, choice, dropped)).float()
+        output = self.predict(self.module, noisy, timesteps, drawn.texts).float()
         error = (output.chunk(2, dim=1)[0] - noise).square().mean((1, 2, 3))  # [B]
         bound = self.process.variational_bound(output, latents, noise, timesteps)
         return (error * snr_weights(signal.clamp(min=_LEAST_SIGNAL), stage.snr_gamma) + bound).mean()

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.mmdit import MMDiT
-from kolors_fast.pipelines.sd3_text import SD3TextEncoders, SD3TextParts, drop_sd3_features, read_sd3_parts
+from kolors_fast.pipelines.sd3_text import SD3TextEncoders, SD3TextParts, read_sd3_parts, without_encoders
 from kolors_fast.schedulers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from kolors_fast.schedulers.rectified_flow import interpolate, parse_density, shift_timestep, velocity_target
 
 from .config import DenoiserStage, EpsilonLinearStage, RectifiedFlowStage
 from .monitor import GUIDANCE, judge_prompts
 from .objectives import add_noise, alpha_bar
-from .pool import LatentPool
+from .pool import LatentPool, draw_batch
 from .streams import Streams
 
 STEPS = 25  # of what is drawn to be judged
@@ -72,23 +72,24 @@ class MMDiTObjective(ABC):
         self.pool, self.stage, self.streams = pool, stage, streams
 
     @abstractmethod
-    def corrupt(self, latents: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents and noise [B, C, h, w] -> z_t, the timesteps [B] told to the model, and the target."""
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """What `corrupt` takes as t, [count]."""
+
+    @abstractmethod
+    def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents and noise [B, C, h, w] and t [B] -> z_t, the timesteps [B] told to the model, and the target."""
 
     @abstractmethod
     def sampler(self) -> Sampler:
         """What draws with a model trained so."""
 
     def loss(self, step: int) -> Tensor:
-        rng, generator = self.streams.numpy(step), self.streams.torch(step)
-        bucket, items = self.pool.batch(step, self.stage.batch)
-        latents = bucket.latents[items].float()  # [B, C, h, w]
-        choice = torch.from_numpy(rng.integers(self.stage.captions, size=len(items)))
-        empty = torch.from_numpy(rng.random(len(items)) < self.stage.caption_dropout)
-        parts = drop_sd3_features(bucket.texts(items, choice, empty), self.stage.encoder_dropout, generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        noisy, timesteps, target = self.corrupt(latents, noise, generator)
-        text = parts.join()
+        batch, generator = self.stage.batch, self.streams.torch(step)
+        drawn = draw_batch(self.pool, self.stage, self.streams, step)
+        drops = torch.rand(3, batch, generator=generator) < self.stage.encoder_dropout
+        text = without_encoders(drawn.texts, drops[:, drawn.rows]).join()
+        t = self.draw_times(batch, generator)[drawn.rows]
+        noisy, timesteps, target = self.corrupt(drawn.latents, drawn.noise, t)
         predicted = self.module(noisy, text.prompt_embeds, text.pooled_prompt_embeds, timesteps, return_dict=False)[0]
         return (predicted.float() - target).square().mean()
 
@@ -116,8 +117,10 @@ class RectifiedFlowObjective(MMDiTObjective):
         super().__init__(mmdit, vae, encoders, pool, stage, streams)
         self.density, self.shift = parse_density(stage.density), stage.shift
 
-    def corrupt(self, latents: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        t = shift_timestep(self.density.sample((len(latents),), generator), self.shift)
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        return shift_timestep(self.density.sample((count,), generator), self.shift)
+
+    def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return interpolate(latents, noise, t), TRAIN_STEPS * t, velocity_target(latents, noise)
 
     def sampler(self) -> Sampler:
@@ -142,9 +145,11 @@ class EpsilonLinearObjective(MMDiTObjective):
         super().__init__(mmdit, vae, encoders, pool, stage, streams)
         self.alpha_bar = alpha_bar(TRAIN_STEPS, beta_end=0.012)
 
-    def corrupt(self, latents: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        timesteps = torch.randint(TRAIN_STEPS, (len(latents),), generator=generator)
-        return add_noise(latents, noise, self.alpha_bar[timesteps]), timesteps, noise
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(TRAIN_STEPS, (count,), generator=generator)
+
+    def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return add_noise(latents, noise, self.alpha_bar[t]), t, noise
 
     def sampler(self) -> Sampler:
         return DDIMScheduler(

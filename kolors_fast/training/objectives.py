@@ -23,7 +23,7 @@ from kolors_fast.models.unet import KolorsUNet
 
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage
 from .monitor import encode, judge_prompts, judge_reconstructions, sample, validation_prompts
-from .pool import LatentPool
+from .pool import LatentPool, draw_batch
 from .streams import Streams
 
 _VALIDATION = 2**31 - 1  # a batch that no step trains on
@@ -68,24 +68,28 @@ class AutoencoderObjective:
         if vae.config.latent_channels < 3:
             raise ValueError(f"latent_channels: expected 3 or more, got {vae.config.latent_channels}")
         self.side = 2 ** (len(vae.config.block_out_channels) - 1)  # of the pixels behind a latent
-        everywhere = replace(streams, rank=0)  # all processes draw to the same colours
-        batches = (self.pictures(_VALIDATION - k, everywhere) for k in range(32))
+        whole = replace(streams, rank=0, size=1)  # all processes draw to the same colours
+        batches = (self.pictures(_VALIDATION - k, whole) for k in range(32))
         colours = torch.cat([mean_colours(pictures, self.side).flatten(0, 2) for pictures in batches])
         self.centre, self.whitening = colours.mean(0), whitening(torch.cov(colours.T))  # [3], [3, 3]
 
     def pictures(self, step: int, streams: Streams | None = None) -> Tensor:
-        """The step's batch, all of one size; larger pictures come in smaller batches, of about equal pixels."""
-        sizes = self.stage.sizes
-        height, width = sizes[int(self.streams.shared(step).integers(len(sizes)))]
-        count = max(1, round(self.stage.batch * sizes[0][0] * sizes[0][1] / (height * width)))
-        rng = (streams or self.streams).numpy(step)
-        return to_tensor(np.stack([render(sample_training(rng)[0], height, width) for _ in range(count)]))
+        """This process's part of the step's batch, all of one size; larger pictures come in smaller batches, of about
+        equal pixels."""
+        sizes, streams = self.stage.sizes, streams or self.streams
+        height, width = sizes[int(streams.choice(step).integers(len(sizes)))]
+        pixels = self.stage.batch * sizes[0][0] * sizes[0][1]
+        count = streams.size * max(1, round(pixels / (height * width * streams.size)))
+        rng = streams.numpy(step)
+        scenes = [sample_training(rng)[0] for _ in range(count)]
+        return to_tensor(np.stack([render(scene, height, width) for scene in scenes[streams.share(count)]]))
 
     def loss(self, step: int) -> Tensor:
         pictures, generator = self.pictures(step), self.streams.torch(step)
         latents = self.module.encode(pictures)[0].mean.float()  # [B, 4, h, w]
-        size = self.stage.noise * torch.rand(len(latents), 1, 1, 1, generator=generator)
-        noisy = latents + size * torch.randn(latents.shape, generator=generator)
+        count = len(latents) * self.streams.size
+        size = self.stage.noise * torch.rand(count, 1, 1, 1, generator=generator)[self.streams.share(count)]
+        noisy = latents + (size * self.streams.noise(step, count, latents.shape[1:])).to(latents.device)
         error = self.module.decode(noisy)[0].float() - pictures
         cells = latents.permute(0, 2, 3, 1)  # [B, h, w, 4]
         colours = (mean_colours(pictures, self.side) - self.centre) @ self.whitening
@@ -156,7 +160,8 @@ class LanguageModelObjective:
     def captions(self, step: int) -> list[tuple[str, Request]]:
         """The step's captions, and what each asserts."""
         rng = self.streams.numpy(step)
-        return [caption(sample_training(rng)[0], rng) for _ in range(self.stage.batch)]
+        drawn = [caption(sample_training(rng)[0], rng) for _ in range(self.stage.batch)]
+        return drawn[self.streams.share(len(drawn))]
 
     def tensors(self, captions: list[tuple[str, Request]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """ids and next tokens [B, S], padded on the right with 0 and -100, lengths [B] and parts [B, P]."""
@@ -226,19 +231,13 @@ class EpsilonObjective:
         self.alpha_bar = alpha_bar(stage.train_steps, stage.beta_end)  # [T]
 
     def loss(self, step: int) -> Tensor:
-        rng, generator = self.streams.numpy(step), self.streams.torch(step)
-        bucket, items = self.pool.batch(step, self.stage.batch)
-        height, width = bucket.size
-        latents = bucket.latents[items].float()  # [B, C, h, w]
-        choice = torch.from_numpy(rng.integers(self.stage.captions, size=len(items)))
-        dropped = torch.from_numpy(rng.random(len(items)) < self.stage.caption_dropout)
-        texts = bucket.texts(items, choice, dropped)
-        noise = torch.randn(latents.shape, generator=generator)
+        stage, drawn = self.stage, draw_batch(self.pool, self.stage, self.streams, step)
         timesteps = draw_timesteps(
-            len(items), len(self.alpha_bar), self.stage.timestep_power, self.stage.timestep_falloff, generator
-        )
-        noisy = add_noise(latents, noise, self.alpha_bar[timesteps])
-        predicted = self.predict(noisy, timesteps, texts, height, width)
+            stage.batch, len(self.alpha_bar), stage.timestep_power, stage.timestep_falloff, self.streams.torch(step)
+        )[drawn.rows]
+        noise = drawn.noise
+        noisy = add_noise(drawn.latents, noise, self.alpha_bar[timesteps])
+        predicted = self.predict(noisy, timesteps, drawn.texts, *drawn.size)
         error = (predicted.float() - noise).square().mean((1, 2, 3))  # [B]
         return (error * snr_weights(self.alpha_bar[timesteps], self.stage.snr_gamma)).mean()
 

@@ -20,7 +20,7 @@ from kolors_fast.data.shapes import Scene, caption, render, sample_training
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 
 from .buckets import Size, epoch_batches, make_buckets, nearest_bucket
-from .config import PoolStage
+from .config import DenoiserStage, NoiseStage, PoolStage
 from .streams import Streams
 
 _ENCODED_PIXELS = 16 * 256 * 256  # at a time
@@ -73,6 +73,28 @@ class LatentPool:
             self._epoch = (number, list(epoch_batches(members, size, rng)))
         bucket, items = self._epoch[1][place]
         return self.buckets[bucket], torch.from_numpy(items)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's rows of a step's batch."""
+
+    latents: Tensor  # [b, C, h, w] fp32
+    noise: Tensor  # [b, C, h, w]
+    texts: Any  # of the captions chosen, as the system's denoiser reads them
+    size: Size
+    rows: slice  # of the whole batch
+
+
+def draw_batch(pool: LatentPool, stage: NoiseStage | DenoiserStage, streams: Streams, step: int) -> Batch:
+    """Latents of the step's items with one caption of each, a share of which is the empty one, and noise."""
+    rng, (bucket, items) = streams.numpy(step), pool.batch(step, stage.batch)
+    choice = torch.from_numpy(rng.integers(stage.captions, size=len(items)))
+    dropped = torch.from_numpy(rng.random(len(items)) < stage.caption_dropout)
+    rows = streams.share(len(items))
+    latents = bucket.latents[items[rows]].float()
+    noise = streams.noise(step, len(items), latents.shape[1:])
+    return Batch(latents, noise, bucket.texts(items[rows], choice[rows], dropped[rows]), bucket.size, rows)
 
 
 def build_pool(

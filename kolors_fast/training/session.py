@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -71,7 +70,7 @@ class Session(ABC):
         """Put a stage's averaged module into the pipeline folder; the main process does."""
 
     def _streams(self, stage: Stage) -> Streams:
-        return Streams(self.recipe.seed, stage.name, self.world.rank)
+        return Streams(self.recipe.seed, stage.name, self.world.rank, self.world.size)
 
     def _frozen(self, kind: type[ModelT], name: str) -> ModelT:
         """A component that is trained already."""
@@ -81,12 +80,15 @@ class Session(ABC):
         return (self.folder / name / "config.json").exists()
 
     def _pool(self, stage: PoolStage, folder: Path, encode: Encode, kind: type[Captions]) -> LatentPool:
-        """This process's part of the scenes, encoded by the autoencoder and the system's text encoders."""
-        cache = folder / f"pool-{self.world.rank}-of-{self.world.size}.safetensors"
-        count = math.ceil(stage.scenes / self.world.size)
-        vae = self._frozen(AutoencoderKL, "vae")
+        """The scenes, encoded by the autoencoder and the system's text encoders; the main process makes their file."""
+        vae, cache = self._frozen(AutoencoderKL, "vae"), folder / "pool.safetensors"
+        if not self.world.is_main:
+            self.world.wait()
         with computing_in(stage.precision):
-            return build_pool(vae, encode, kind, stage, self._streams(stage), count, cache)
+            pool = build_pool(vae, encode, kind, stage, self._streams(stage), stage.scenes, cache)
+        if self.world.is_main:
+            self.world.wait()
+        return pool
 
     def _take(self, kind: type[PretrainedModel], name: str, table: dict[str, Any]) -> None:
         """Copy the `pretrained` component that a model table names; its other keys change the config."""

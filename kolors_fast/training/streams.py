@@ -3,35 +3,59 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Random streams of one process in one stage, made anew from the step's number.
+    """Random streams of one stage, made anew from the step's number, and the part of a batch that is this process's.
 
-    Nothing random is carried from step to step, so a resumed run needs no generator state.
+    Nothing random is carried from step to step, so a resumed run needs no generator state. All processes draw the same
+    numbers, for the whole batch, and each keeps its rows: what is trained on does not depend on how many there are.
     """
 
     seed: int
     stage: str
     rank: int = 0
-
-    def key(self, step: int, rank: int | None = None) -> list[int]:
-        return [self.seed, zlib.crc32(self.stage.encode()), self.rank if rank is None else rank, step]
+    size: int = 1  # processes
 
     def numpy(self, step: int) -> np.random.Generator:
-        """This process's stream."""
         return np.random.default_rng(self.key(step))
 
-    def shared(self, step: int) -> np.random.Generator:
-        """The stream on which all processes agree."""
-        return np.random.default_rng(self.key(step, rank=2**31))
-
     def torch(self, step: int) -> torch.Generator:
-        """This process's stream for tensors."""
-        state = np.random.SeedSequence(self.key(step)).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(state) & (2**63 - 1))
+        """The stream for tensors, on the CPU."""
+        return _generator(np.random.SeedSequence(self.key(step)).generate_state(1, np.uint64)[0])
+
+    def key(self, step: int) -> list[int]:
+        return [self.seed, zlib.crc32(self.stage.encode()), 0, step]
+
+    def noise(self, step: int, count: int, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers [rows, *shape] for this process's rows of `count`, each row from a stream of its own:
+        nobody draws what others train on."""
+        rows = range(count)[self.share(count)]
+        words = (np.random.SeedSequence([*self.key(step), row]).generate_state(1, np.uint64)[0] for row in rows)
+        return torch.stack([torch.randn(*shape, generator=_generator(word)) for word in words])
+
+    def choice(self, step: int) -> np.random.Generator:
+        """One more stream, for what a batch has in common."""
+        return np.random.default_rng([*self.key(step)[:2], 2**31, step])
+
+    def share(self, count: int) -> slice:
+        """This process's rows of a batch.
+
+        Raises:
+            ValueError: the processes cannot get equal shares.
+        """
+        if count % self.size:
+            raise ValueError(f"batch: expected a multiple of the {self.size} processes, got {count}")
+        rows = count // self.size
+        return slice(self.rank * rows, (self.rank + 1) * rows)
+
+
+def _generator(state: np.uint64) -> torch.Generator:
+    return torch.Generator().manual_seed(int(state) & (2**63 - 1))

@@ -125,7 +125,8 @@ class TextEncoderObjective:
     def captions(self, step: int) -> list[tuple[str, Request]]:
         """The step's captions, and what each asserts."""
         rng = self.streams.numpy(step)
-        return [caption(sample_training(rng)[0], rng) for _ in range(self.stage.batch)]
+        drawn = [caption(sample_training(rng)[0], rng) for _ in range(self.stage.batch)]
+        return drawn[self.streams.share(len(drawn))]
 
     def tokens(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """ids and mask [B, S], padded as the denoiser's are."""
@@ -138,9 +139,9 @@ class TextEncoderObjective:
         read right as well.
         """
         special = torch.isin(ids, torch.tensor(self.tokenizer.all_special_ids))
-        drawn = torch.rand(ids.shape, generator=self.streams.torch(step)) < self.stage.masked
-        drawn[::2] = False
-        return drawn & ~special
+        whole = torch.rand(self.stage.batch, ids.shape[1], generator=self.streams.torch(step)) < self.stage.masked
+        whole[::2] = False
+        return whole[self.streams.share(len(whole))] & ~special
 
     def reading_loss(self, of_parts: tuple[Tensor, ...], requests: list[Request]) -> Tensor:
         parts = torch.tensor([request_parts(request) for request in requests])

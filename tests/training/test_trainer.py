@@ -122,9 +122,14 @@ def test_autoencoder_learns(tmp_path):
 
 
 def test_every_process_draws_latents_to_the_same_colours():
-    objectives = [AutoencoderObjective(AutoencoderKL(**VAE), STAGE, Streams(0, "vae", rank)) for rank in range(2)]
-    assert torch.equal(objectives[0].whitening, objectives[1].whitening)
-    assert not torch.equal(objectives[0].pictures(0), objectives[1].pictures(0))
+    streams = [Streams(0, "vae"), Streams(0, "vae", 0, 2), Streams(0, "vae", 1, 2)]
+    whole, *parts = [AutoencoderObjective(AutoencoderKL(**VAE), STAGE, one) for one in streams]
+    for part in parts:
+        assert torch.equal(part.whitening, whole.whitening)
+    for step in range(4):
+        pictures = torch.cat([part.pictures(step) for part in parts])
+        if len(pictures) == len(whole.pictures(step)):  # two of the larger size are not split
+            assert torch.equal(pictures, whole.pictures(step))
 
 
 def test_latents_too_few_for_the_colours_are_refused():
@@ -183,10 +188,23 @@ def test_request_is_read_off_the_last_token(tmp_path):
 
 
 def test_no_stream_repeats():
-    keys = {tuple(np.random.SeedSequence(Streams(0, name, rank).key(step)).generate_state(2).tolist())
-            for name in "ab" for rank in range(3) for step in range(3)}  # fmt: skip
-    assert len(keys) == 18
-    assert Streams(0, "a", 1).shared(5).integers(1 << 30) == Streams(0, "a", 2).shared(5).integers(1 << 30)
+    keys = {tuple(np.random.SeedSequence(Streams(0, name).key(step)).generate_state(2).tolist())
+            for name in "ab" for step in range(3)}  # fmt: skip
+    assert len(keys) == 6
+    one = Streams(0, "a")
+    assert one.numpy(5).integers(1 << 30) != one.choice(5).integers(1 << 30)
+    noise = one.noise(5, 6, (4,))
+    assert noise.unique().numel() == 24 and not torch.equal(noise, one.noise(6, 6, (4,)))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_draw_parts_of_the_same_batch(size):
+    whole = Streams(0, "a")
+    parts = [Streams(0, "a", rank, size) for rank in range(size)]
+    assert torch.equal(torch.cat([one.noise(3, 6, (2, 5)) for one in parts]), whole.noise(3, 6, (2, 5)))
+    assert [i for one in parts for i in range(6)[one.share(6)]] == list(range(6))
+    with pytest.raises(ValueError, match=f"batch: expected a multiple of the {size} processes, got 7"):
+        parts[0].share(7)
 
 
 def test_broken_state_is_named(tmp_path):
