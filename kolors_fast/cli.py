@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="a shipped recipe (kolors-tiny, sd3-tiny, pixart-tiny) or a TOML file")
     train.add_argument("-o", "--output", type=Path, required=True, help="folder of checkpoints and of the model")
     train.add_argument("--stages", nargs="+", help="only these stages of the recipe, in its order")
-    train.add_argument("--threads", type=int, help="CPU threads; default: all")
+    train.add_argument("--threads", type=int, help="CPU threads of each process; default: all")
+    train.add_argument("--engine", choices=["ddp", "fsdp", "hybrid"], default="ddp", help="of several processes")
+    train.add_argument("--accept-changes", action="store_true", help="resume although settings have changed")
 
     bench = commands.add_parser("bench", help="time steps and pictures against pure PyTorch and diffusers")
     bench.set_defaults(run=_bench)
@@ -315,9 +317,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .training import train_command
+    from .training import run
 
-    train_command(options.recipe, options.output, stages=options.stages, threads=options.threads)
+    run(
+        options.recipe,
+        options.output,
+        stages=options.stages,
+        threads=options.threads,
+        engine=options.engine,
+        accept_changes=options.accept_changes,
+    )
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 import types
 from dataclasses import dataclass
@@ -60,6 +61,10 @@ class Stage:
     precision: str = "bf16"  # of matrix products and convolutions; weights and optimizer stay fp32
     checkpoint_every: int = 500
     monitor_every: int = 1000
+    stop_on_failed_checkpoint: bool = True  # else a full disk is told, and training goes on
+
+    # what may differ when a run is resumed: it changes no weight
+    HARMLESS: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "monitor_every", "stop_on_failed_checkpoint"})
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch", "checkpoint_every", "monitor_every"):
@@ -321,7 +326,9 @@ def _parse(kind: type[T], table: dict[str, Any], where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(table) - set(fields))
     if unknown:
-        raise RecipeError(f"{where}: unknown key '{unknown[0]}'; expected some of {sorted(fields)}")
+        near = difflib.get_close_matches(unknown[0], fields, n=1)
+        meant = f"did you mean '{near[0]}'?" if near else f"expected some of {sorted(fields)}"
+        raise RecipeError(f"{where}: unknown key '{unknown[0]}'; {meant}")
     required = [
         f.name for f in fields.values() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from .parallel import locals_of
+
 
 class EMA:
     """average += (1 - d) (parameter - average), with d = min(decay, (1 + n) / (10 + n)) at update n = 1, 2, ...
@@ -24,4 +26,5 @@ class EMA:
         """Take in the module's current parameters."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - decay)
+        averages, parameters = (locals_of(one.parameters()) for one in (self.module, module))
+        torch._foreach_lerp_(averages, parameters, 1 - decay)

@@ -1,56 +1,178 @@
-"""The processes of one training: one by default, several under torchrun."""
+"""The processes of one training: one by default, several under torchrun, on PyTorch's own DDP or FSDP2."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from kolors_fast.models import dit_layers, mmdit_blocks, unet_blocks
+from kolors_fast.models.attention import Attention
+
+from .objectives import Objective
+
+T = TypeVar("T")
+
+ENGINES = ("ddp", "fsdp", "hybrid")
+# the largest layers that are called as a whole: whoever needs their weights is in them. What models read of blocks from
+# outside (modulations of all blocks at once, time shifts) stays with the root
+SHARDED = (Attention, mmdit_blocks.Attention, unet_blocks.FeedForward, dit_layers.FeedForward)
+METHODS = ("keys_values", "encode", "decode")  # that are called like forward
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together. Batches are per process; gradients are averaged."""
+    """This process among those that train together: a batch is split among them, gradients are averaged.
+
+    Attributes:
+        engine: "ddp": each holds all weights. "fsdp": weights, gradients and moments are sharded over all processes.
+            "hybrid": over those of a machine, and the machines hold copies.
+    """
 
     rank: int = 0
     size: int = 1
+    engine: str = "ddp"
+    device: torch.device = torch.device("cpu")  # noqa: RUF009, it is immutable
 
     @classmethod
-    def join(cls) -> World:
-        """The world torchrun has set up in the environment, or a process on its own."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            return cls()
+    def join(cls, engine: str = "ddp") -> World:
+        """The world torchrun has set up in the environment, or a process on its own.
+
+        Raises:
+            ValueError: there is no such engine.
+        """
+        if engine not in ENGINES:
+            raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got '{engine}'")
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls(device=device)
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
-        return cls(dist.get_rank(), size)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), engine, device)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def average_gradients(self, module: nn.Module) -> None:
-        """Replace each gradient by its mean over the processes, in one message."""
-        if self.size == 1:
-            return
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        flat = _flatten_dense_tensors(gradients)
-        dist.all_reduce(flat)
-        flat /= self.size
-        torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
-
-    def gather(self, value: Tensor) -> Tensor:
-        """The tensors of all processes, which may differ in their first size, concatenated in rank order."""
-        if self.size == 1:
-            return value
-        parts: list[Tensor | None] = [None] * self.size
-        dist.all_gather_object(parts, value)
-        return torch.cat([part for part in parts if part is not None])
+    @property
+    def sharded(self) -> bool:
+        return self.size > 1 and self.engine != "ddp"
 
     def wait(self) -> None:
         """Return when every process is here."""
         if self.size > 1:
             dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in some process."""
+        if self.size == 1:
+            return flag
+        told = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return bool(told)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Over the processes."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Of all processes, in order of rank."""
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def broadcast_object(self, value: T) -> T:
+        """The main process's."""
+        if self.size == 1:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    # ---- engines
+
+    def shard(self, module: nn.Module) -> None:
+        """Let each process keep its part of every parameter, with FSDP2; nothing where the engine is "ddp"."""
+        if not self.sharded:
+            return
+        mesh = self._mesh()
+        for layer in [layer for layer in module.modules() if isinstance(layer, SHARDED)]:
+            fully_shard(layer, mesh=mesh)
+            _register_methods(layer)
+        fully_shard(module, mesh=mesh)
+        _register_methods(module)
+
+    def _mesh(self) -> DeviceMesh:
+        if self.engine == "fsdp":
+            return init_device_mesh(self.device.type, (self.size,))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        return init_device_mesh(self.device.type, (self.size // local, local), mesh_dim_names=("replicate", "shard"))
+
+    def losses(self, objective: Objective) -> Callable[[int], Tensor]:
+        """step -> this process's loss, whose backward pass leaves the mean gradient of all processes."""
+        if self.size == 1 or self.sharded:
+            return objective.loss
+        # the dead query projection of an MM-DiT's last block gets no gradient in any step
+        return DistributedDataParallel(_Losses(objective), static_graph=True)
+
+    def norm(self, squares: Tensor) -> Tensor:
+        """sqrt of the sum of squares over the shards of all processes."""
+        if self.sharded:
+            squares = squares.clone()
+            dist.all_reduce(squares)
+            if self.engine == "hybrid":
+                squares /= self.size // int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        return squares.sqrt()
+
+
+class _Losses(nn.Module):
+    """An objective's losses as what DDP wraps, for objectives call more of their module than its forward."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.module, self.objective = objective.module, objective
+
+    def forward(self, step: int) -> Tensor:
+        return self.objective.loss(step)
+
+
+def _register_methods(module: nn.Module) -> None:
+    for name in METHODS:
+        if hasattr(module, name):
+            register_fsdp_forward_method(module, name)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, or the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [local(tensor) for tensor in tensors]
+
+
+@torch.no_grad()
+def gather_into(target: nn.Module | None, module: nn.Module) -> None:
+    """Copy a sharded module's parameters and buffers to `target` on the main process, which alone has one."""
+    whole = dict(target.state_dict()) if target is not None else {}
+    for name, value in module.state_dict().items():
+        full = value.full_tensor() if isinstance(value, DTensor) else value  # all processes take part
+        if target is not None:
+            whole[name].copy_(full)

@@ -25,24 +25,27 @@ SESSIONS: dict[type[Recipe], type[Session]] = {
 }
 
 
-def train_command(
-    recipe: str | Path, output: str | Path, stages: list[str] | None = None, threads: int | None = None
+def run(
+    recipe: str | Path,
+    output: str | Path,
+    *,
+    stages: list[str] | None = None,
+    threads: int | None = None,
+    engine: str = "ddp",
+    accept_changes: bool = False,
 ) -> Path:
-    """What `kolors-fast train` does; see `run`."""
-    return run(recipe, output, stages=stages, threads=threads)
-
-
-def run(recipe: str | Path, output: str | Path, *, stages: list[str] | None = None, threads: int | None = None) -> Path:
     """Train the stages of a recipe in order and write the pipeline folder.
 
     Started again on the same output it resumes: finished stages are taken as they are. Under torchrun the processes
-    train together, each on its own data.
+    train together, each on its part of every batch.
 
     Args:
         recipe: a TOML file, or the name of a bundled recipe.
         output: folder for checkpoints, logs and samples; the pipeline goes to `<output>/pipeline`.
         stages: names of the stages to run; None runs all. One left out must be finished where a later one needs it.
         threads: CPU threads of each process; None leaves torch's own choice.
+        engine: of several processes, "ddp", "fsdp" or "hybrid": see `World`.
+        accept_changes: resume a stage although its settings are not those of its checkpoint.
 
     Returns:
         The pipeline folder, in diffusers' layout.
@@ -53,7 +56,7 @@ def run(recipe: str | Path, output: str | Path, *, stages: list[str] | None = No
         raise ValueError(f"stages: expected some of {[s.name for s in plan.stages]}, got '{unknown[0]}'")
     if threads is not None:
         torch.set_num_threads(threads)
-    session = SESSIONS[type(plan)](plan, Path(output), World.join())
+    session = SESSIONS[type(plan)](plan, Path(output), World.join(engine), accept_changes)
     for stage in plan.stages:
         if stages is None or stage.name in stages:
             session.train(stage)

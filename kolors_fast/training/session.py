@@ -33,8 +33,8 @@ class Session(ABC):
 
     index: ClassVar[dict[str, Any]]  # model_index.json
 
-    def __init__(self, recipe: Recipe, output: Path, world: World) -> None:
-        self.recipe, self.output, self.world = recipe, output, world
+    def __init__(self, recipe: Recipe, output: Path, world: World, accept_changes: bool = False) -> None:
+        self.recipe, self.output, self.world, self.accept_changes = recipe, output, world, accept_changes
         self.folder = output / "pipeline"
         if world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,8 @@ class Session(ABC):
             return
         torch.manual_seed(self.recipe.seed)  # of the initial weights
         objective = self._objective(stage, folder)
-        module = Trainer(stage, objective, folder, self.world).run()
+        seed, accept = self.recipe.seed, self.accept_changes
+        module = Trainer(stage, objective, folder, self.world, seed=seed, accept_changes=accept).run()
         if self.world.is_main:
             self._keep(stage, objective, module)
             write_file(done, json.dumps({"steps": stage.steps}).encode())

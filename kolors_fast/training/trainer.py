@@ -3,88 +3,135 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
+import signal
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from .checkpoint import TrainingStateError, read_state, tensors, write_state
+from kolors_fast.ops.unscale_grads_ import unscale_grads_
+
+from . import checkpoints
+from .checkpoint import TrainingStateError
 from .config import Stage
 from .ema import EMA
 from .log import Log
 from .objectives import Objective
-from .parallel import World
+from .parallel import World, gather_into, locals_of
 
-STATE = "state.pt"
+REPORT_EVERY = 100
+ASK_EVERY = 10  # steps after which several processes agree on whether to stop
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, after a checkpoint."""
 
 
 class Trainer:
     """Trains an objective's module for the steps of a stage, resuming from the stage's folder.
 
-    The folder receives `state.pt` (weights, average, optimizer, step), a log and sample pictures. On one process
-    a run that was killed and resumed has the weights, bit for bit, of a run that was not.
+    The folder receives checkpoints (weights, average, moments), a log and sample pictures. On one process a run that
+    was killed and resumed has the weights, bit for bit, of a run that was not.
+
+    Args:
+        seed: of the objective's streams: a resumed run must have the same.
+        accept_changes: resume although settings that change the mathematics differ from those of the checkpoint.
     """
 
-    def __init__(self, stage: Stage, objective: Objective, folder: Path, world: World | None = None) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        objective: Objective,
+        folder: Path,
+        world: World | None = None,
+        *,
+        seed: int = 0,
+        accept_changes: bool = False,
+    ) -> None:
         self.stage, self.objective, self.folder = stage, objective, folder
-        self.world = world or World()
-        self.module = objective.module.train()
+        self.world, self.accept_changes = world or World(), accept_changes
+        self.settings = {"seed": seed, **dataclasses.asdict(stage)}
+        self.module = objective.module.to(self.world.device).train()
+        # what the monitor looks at where no process has a whole average
+        self.whole = copy.deepcopy(self.module).eval() if self.world.sharded and self.world.is_main else None
         self.ema = EMA(self.module, stage.ema)
+        for sharded in (self.module, self.ema.module):
+            self.world.shard(sharded)
+        self.loss: Callable[[int], Tensor] = self.world.losses(objective)
         self.optimizer = torch.optim.AdamW(
             self._parameter_groups(), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
         )
         self.step = 0
+        self.skipped = torch.zeros((), device=self.world.device)  # updates, for gradients that were not finite
         self.log: Log | None = None  # of the main process, while it runs
 
     def run(self) -> nn.Module:
-        """Train to the last step and return the averaged module."""
+        """Train to the last step and return the averaged module, on the main process a whole one.
+
+        Raises:
+            Stopped: after Ctrl-C, once a checkpoint is written.
+            TrainingStateError: no checkpoint can be read, or the settings are not those of it, or the loss or its
+                gradient is no longer finite.
+        """
         self._resume()
         self.log = Log(self.folder, self.step) if self.world.is_main else None
-        with tqdm(
-            total=self.stage.steps,
-            initial=self.step,
-            desc=self.stage.name,
-            unit="step",
-            disable=not self.world.is_main,
-            mininterval=10,
-        ) as bar:
-            recent, started = [], time.time()
+        losses: list[Tensor] = []
+        started, skipped = time.time(), self.skipped.clone()
+        with self._bar() as bar, _Interrupts() as interrupts:
             while self.step < self.stage.steps:
-                recent.append(self.train_step())
+                losses.append(self.train_step())
                 bar.update()
-                if self.step % 100 == 0 or self.step == self.stage.steps:
-                    loss, seconds = sum(recent) / len(recent), (time.time() - started) / len(recent)
-                    bar.set_postfix(loss=f"{loss:.4f}")
-                    self._log({"loss": loss, "learning rate": self.learning_rate(), "seconds per step": seconds})
-                    recent, started = [], time.time()
-                if self.step % self.stage.checkpoint_every == 0 or self.step == self.stage.steps:
-                    self.save()
+                if self.step % REPORT_EVERY == 0 or self.step == self.stage.steps:
+                    self._report(losses, float(self.skipped - skipped), (time.time() - started) / len(losses), bar)
+                    losses, started, skipped = [], time.time(), self.skipped.clone()
+                saved = self.step % self.stage.checkpoint_every == 0 or self.step == self.stage.steps
+                if saved:
+                    self._save_or_tell()
                 if self.step % self.stage.monitor_every == 0 or self.step == self.stage.steps:
                     self._monitor()
+                asked = self.world.size == 1 or self.step % ASK_EVERY == 0
+                if asked and self.step < self.stage.steps and self.world.any(interrupts.seen):
+                    where = self.folder / checkpoints.FOLDER if saved else self.save()
+                    raise Stopped(f"step {self.step} of '{self.stage.name}' is in {where}; the same command continues")
         if self.log is not None:
             self.log.close()
-        return self.ema.module
+        return self._average()
 
-    def train_step(self) -> float:
-        """One update; returns the loss of this process."""
+    def train_step(self) -> Tensor:
+        """One update; returns the loss of this process, on its device.
+
+        The gradient's norm takes one pass over the gradients; clipping is folded into the optimizer's.
+        An update whose gradient is not finite changes nothing.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        with computing_in(self.stage.precision):
-            loss = self.objective.loss(self.step)
+        with computing_in(self.stage.precision, self.world.device.type):
+            loss = self.loss(self.step)
         loss.backward()
-        self.world.average_gradients(self.module)
-        nn.utils.clip_grad_norm_(self.module.parameters(), self.stage.clip_norm, error_if_nonfinite=True)
-        self.optimizer.step()
+        self._update()
         self.optimizer.zero_grad()
         self.ema.update(self.module)
         self.step += 1
-        return float(loss.detach())
+        return loss.detach()
+
+    def _update(self) -> None:
+        gradients = locals_of(p.grad for p in self.module.parameters() if p.grad is not None)
+        ones = torch.ones((), device=self.world.device).expand(len(gradients))
+        norm = self.world.norm(unscale_grads_(gradients, ones)[0].square())
+        # torch's fused optimizer divides gradients by the one and does nothing where the other is not zero
+        self.optimizer.grad_scale = ((norm + 1e-6) / self.stage.clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.skipped += self.optimizer.found_inf  # type: ignore[attr-defined]
 
     def learning_rate(self) -> float:
         """Linear warm-up, constant, linear decay to zero: the constant part can be prolonged without starting anew."""
@@ -93,31 +140,107 @@ class Trainer:
         falling = (stage.steps - self.step) / max(1, stage.decay)
         return stage.learning_rate * min(1.0, rising, falling)
 
-    def save(self) -> None:
-        """Write the checkpoint; the main process does."""
-        if self.world.is_main:
-            state = {
-                "step": self.step,
-                "model": tensors(self.module),
-                "average": tensors(self.ema.module),
-                "updates": self.ema.updates,
-                "optimizer": self.optimizer.state_dict(),
-            }
-            write_state(self.folder / STATE, state)
+    # ---- checkpoints
+
+    def save(self) -> Path:
+        """Write a checkpoint; all processes do."""
+        numbers = {"step": self.step, "updates": self.ema.updates, "settings": self.settings}
+        return checkpoints.save(self.folder, self._tensors(), numbers, self.world)
+
+    def _save_or_tell(self) -> None:
+        try:
+            self.save()
+        except OSError as error:
+            if self.stage.stop_on_failed_checkpoint:
+                raise
+            warnings.warn(f"{error}; training goes on", stacklevel=2)
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        moments = {
+            f"{name}.{key}": value
+            for name, parameter in self.module.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        state = {"skipped": self.skipped}
+        return {
+            "model": _state(self.module), "average": _state(self.ema.module), "optimizer": moments, "trainer": state,
+        }  # fmt: skip
 
     def _resume(self) -> None:
-        path = self.folder / STATE
-        if not path.exists():
+        found = checkpoints.latest(self.folder, self.world)
+        if found is None:
             return
-        state = read_state(path)
-        try:
-            self.module.load_state_dict(state["model"])
-            self.ema.module.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.ema.updates, self.step = state["updates"], state["step"]
-        except (KeyError, RuntimeError, ValueError) as error:
-            first_line = str(error).split("\n", 1)[0]
-            raise TrainingStateError(f"{path} does not fit stage '{self.stage.name}': {first_line}") from error
+        self._compare(found)
+        parameters = dict(self.module.named_parameters())
+        for entry in found.names("optimizer"):
+            name, key = entry.rsplit(".", 1)
+            if name not in parameters:
+                raise TrainingStateError(f"{found.path} does not fit stage '{self.stage.name}': it trained {name}")
+            like = torch.zeros((), device=self.world.device) if key == "step" else torch.zeros_like(parameters[name])
+            self.optimizer.state[parameters[name]][key] = like
+        missing = sorted({n for n, p in self.module.named_parameters()} - set(found.names("model")))
+        if missing:
+            raise TrainingStateError(f"{found.path} does not fit stage '{self.stage.name}': it has no {missing[0]}")
+        found.load_into(self._tensors(), self.world)
+        self.ema.updates, self.step = int(found.manifest["updates"]), found.step
+
+    def _compare(self, found: checkpoints.Checkpoint) -> None:
+        """Refuse to go on with other settings, but those that have changed nothing so far."""
+        then: Mapping[str, Any] = found.manifest.get("settings", {})
+        now = checkpoints.plain(self.settings)
+        changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+        lengths = [settings.get("steps", 0) - settings.get("decay", 0) for settings in (then, now)]
+        if found.step <= min(lengths):  # both in their constant part
+            changed = [key for key in changed if key not in ("steps", "decay")]
+        changed = [key for key in changed if key not in Stage.HARMLESS]
+        if changed and not self.accept_changes:
+            differences = ", ".join(f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in changed)
+            raise TrainingStateError(f"{found.path} was trained with other settings: {differences}")
+
+    # ---- what a person sees
+
+    def _bar(self) -> Any:
+        return tqdm(
+            total=self.stage.steps,
+            initial=self.step,
+            desc=self.stage.name,
+            unit="step",
+            disable=not self.world.is_main,
+            mininterval=10,
+        )
+
+    def _report(self, losses: list[Tensor], skipped: float, seconds: float, bar: Any) -> None:
+        """Figures since the last report; here the loss is looked at for the first time, which waits for the device."""
+        loss = float(self.world.mean(torch.stack(losses).mean()))
+        if skipped == len(losses) or loss != loss:
+            raise TrainingStateError(
+                f"stage '{self.stage.name}', step {self.step}: expected finite losses and gradients, got loss {loss} "
+                f"and {skipped:.0f} of {len(losses)} updates skipped"
+            )
+        rate = self.stage.batch / seconds
+        bar.set_postfix(loss=f"{loss:.4f}", images=f"{rate:.3g}/s")
+        figures = {"loss": loss, "learning rate": self.learning_rate(), "seconds per step": seconds}
+        self._log({**figures, "images per second": rate, "skipped updates": skipped})
+
+    def _average(self) -> nn.Module:
+        """The averaged module; of a sharded training a whole one on the main process, and the shards elsewhere."""
+        if not self.world.sharded:
+            return self.ema.module
+        gather_into(self.whole, self.ema.module)
+        return self.whole or self.ema.module
+
+    def _monitor(self) -> None:
+        average = self._average()
+        if self.world.is_main:
+            with computing_in(self.stage.precision, self.world.device.type):
+                figures = self.objective.monitor(average, self.folder / "samples", self.step)
+            self._log(figures)
+            tqdm.write(f"{self.stage.name} {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        self.world.wait()
+
+    def _log(self, figures: dict[str, float]) -> None:
+        if self.log is not None:
+            self.log.write(self.step, figures)
 
     def _parameter_groups(self) -> list[dict[str, object]]:
         """Weight decay for matrices and convolutions, none for biases and norms."""
@@ -127,27 +250,45 @@ class Trainer:
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
 
-    def _monitor(self) -> None:
-        if self.world.is_main:
-            with computing_in(self.stage.precision):
-                figures = self.objective.monitor(self.ema.module, self.folder / "samples", self.step)
-            self._log(figures)
-            tqdm.write(f"{self.stage.name} {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-        self.world.wait()
 
-    def _log(self, figures: dict[str, float]) -> None:
-        if self.log is not None:
-            self.log.write(self.step, figures)
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach() for key, value in module.state_dict().items()}
+
+
+class _Interrupts:
+    """Ctrl-C is noted, to be heard between steps; a second one interrupts at once."""
+
+    seen = False
+
+    def __enter__(self) -> _Interrupts:
+        try:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        except ValueError:  # not the main thread, which hears none
+            self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+        tqdm.write("stopping after this step; Ctrl-C again stops at once, and loses what follows the last checkpoint")
 
 
 @contextlib.contextmanager
-def computing_in(precision: str) -> Iterator[None]:
-    """bf16: autocast of matrix products and convolutions, attention's own left out."""
+def computing_in(precision: str, device: str = "cpu") -> Iterator[None]:
+    """bf16: autocast of matrix products and convolutions, on a CPU attention's own left out."""
     if precision == "fp32":
         yield
-        return
-    with torch.autocast("cpu", torch.bfloat16), _AttentionInFloat32():
-        yield
+    elif device == "cpu":
+        with torch.autocast("cpu", torch.bfloat16), _AttentionInFloat32():
+            yield
+    else:
+        with torch.autocast(device, torch.bfloat16):
+            yield
 
 
 class _AttentionInFloat32(TorchFunctionMode):

@@ -16,7 +16,6 @@ from kolors_fast.training.kolors import KolorsSession
 from kolors_fast.training.monitor import validation_prompts
 from kolors_fast.training.parallel import World
 from kolors_fast.training.pool import build_pool
-from kolors_fast.training.run import train_command
 from kolors_fast.training.streams import Streams
 from kolors_fast.training.trainer import Trainer, computing_in
 
@@ -118,8 +117,8 @@ def folder(tmp_path_factory):
     (folder / "miniature.toml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_monitor", lambda self: None)
-        train_command(folder / "miniature.toml", folder / "out", stages=["autoencoder", "language model"])
-        train_command(folder / "miniature.toml", folder / "out")
+        run(folder / "miniature.toml", folder / "out", stages=["autoencoder", "language model"])
+        run(folder / "miniature.toml", folder / "out")
     return folder
 
 
