@@ -2,8 +2,9 @@
 
     pytest bench/bench_training.py --benchmark-only
 
-A step is the noise-prediction loss of a batch, its backward pass, clipping to a norm of 1 and AdamW (torch's fused
-one). The providers begin with the same weights and must agree on the first loss and on its gradient's norm. diffusers
+A step is the noise-prediction loss of a batch, its backward pass, clipping to a norm of 1 and AdamW: torch's
+`clip_grad_norm_` and fused AdamW behind diffusers' model, the trainer's `clipped_step` behind ours. The providers begin
+with the same weights and must agree on the losses of two steps. diffusers
 reads the captions as its pipeline makes them, 256 states with pads; ours as the trainer's data has them, the equal pads
 as one key with a bias. Latents and text features are given.
 """
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from kolors_fast import KolorsUNet
 from kolors_fast.models.unet_conditioning import collapse_pads
+from kolors_fast.training.parallel import World
+from kolors_fast.training.update import clipped_step
 
 diffusers = pytest.importorskip("diffusers", reason="the rival is diffusers, which is not installed")
 
@@ -48,8 +51,22 @@ def _batch(config: dict[str, Any], side: int, device: str, dtype: torch.dtype) -
     }
 
 
-def _stepping(model: nn.Module, batch: dict[str, Tensor], text: Tensor, **options: Any) -> Callable[[], Tensor]:
-    """What makes one update and returns the loss and the norm of its gradient."""
+Update = Callable[[torch.optim.Optimizer, list[nn.Parameter]], None]
+
+
+def _torchs(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+def _ours(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    clipped_step(optimizer, 1.0, World(device=parameters[0].device))
+
+
+def _stepping(
+    model: nn.Module, batch: dict[str, Tensor], text: Tensor, update: Update = _torchs, **options: Any
+) -> Callable[[], Tensor]:
+    """What makes one update and returns the loss."""
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     added = {"text_embeds": batch["pooled"], "time_ids": batch["sizes"]}
@@ -60,10 +77,9 @@ def _stepping(model: nn.Module, batch: dict[str, Tensor], text: Tensor, **option
         )
         loss = F.mse_loss(predicted.float(), batch["noise"].float())
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        update(optimizer, parameters)
         optimizer.zero_grad()
-        return torch.stack([loss.detach(), norm.float()])
+        return loss.detach()
 
     return step
 
@@ -91,14 +107,14 @@ def _line_up(config: dict[str, Any], side: int, device: str, dtype: torch.dtype,
         model.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
         collapsed = collapse_pads(batch["text"])
         assert collapsed is not None
-        return _stepping(model.requires_grad_(), batch, collapsed[0], encoder_key_bias=collapsed[1])
+        return _stepping(model.requires_grad_(), batch, collapsed[0], _ours, encoder_key_bias=collapsed[1])
 
     made = {"diffusers": theirs, "diffusers_compile": compiled, "kolors_fast": ours}
     steps = {name: make() for name, make in made.items() if name in selected or name == "diffusers"}
     first = None
     for step in steps.values():
         with torch.enable_grad():
-            losses = step()
+            losses = torch.stack([step(), step()])
         first = losses if first is None else first
         slack = 1e-4 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(losses, first, rtol=slack, atol=slack)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kolors_fast.models import dit_layers, mmdit_blocks, unet_blocks
 from kolors_fast.models.attention import Attention
+from kolors_fast.models.layers import store_convolutions
 
 from .objectives import Objective
 
@@ -113,6 +114,7 @@ class World:
         if not self.sharded:
             return
         mesh = self._mesh()
+        store_convolutions(module, torch.contiguous_format)  # the only layout that is sharded
         for layer in [layer for layer in module.modules() if isinstance(layer, SHARDED)]:
             fully_shard(layer, mesh=mesh)
             _register_methods(layer)

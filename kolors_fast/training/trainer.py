@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from kolors_fast.ops.unscale_grads_ import unscale_grads_
-
 from . import checkpoints
 from .checkpoint import TrainingStateError
 from .config import Stage
 from .ema import EMA
 from .log import Log
 from .objectives import Objective
-from .parallel import World, gather_into, locals_of
+from .parallel import World, gather_into
+from .update import clipped_step
 
 REPORT_EVERY = 100
 ASK_EVERY = 10  # steps after which several processes agree on whether to stop
@@ -109,7 +108,6 @@ class Trainer:
     def train_step(self) -> Tensor:
         """One update; returns the loss of this process, on its device.
 
-        The gradient's norm takes one pass over the gradients; clipping is folded into the optimizer's.
         An update whose gradient is not finite changes nothing.
         """
         for group in self.optimizer.param_groups:
@@ -117,21 +115,11 @@ class Trainer:
         with computing_in(self.stage.precision, self.world.device.type):
             loss = self.loss(self.step)
         loss.backward()
-        self._update()
+        self.skipped += clipped_step(self.optimizer, self.stage.clip_norm, self.world)
         self.optimizer.zero_grad()
         self.ema.update(self.module)
         self.step += 1
         return loss.detach()
-
-    def _update(self) -> None:
-        gradients = locals_of(p.grad for p in self.module.parameters() if p.grad is not None)
-        ones = torch.ones((), device=self.world.device).expand(len(gradients))
-        norm = self.world.norm(unscale_grads_(gradients, ones)[0].square())
-        # torch's fused optimizer divides gradients by the one and does nothing where the other is not zero
-        self.optimizer.grad_scale = ((norm + 1e-6) / self.stage.clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.skipped += self.optimizer.found_inf  # type: ignore[attr-defined]
 
     def learning_rate(self) -> float:
         """Linear warm-up, constant, linear decay to zero: the constant part can be prolonged without starting anew."""

@@ -1,0 +1,145 @@
+"""One, two and four processes with the same global batch, on DDP and on FSDP2: the same losses and weights."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kolors_fast.training import checkpoints
+from kolors_fast.training.parallel import ENGINES, World
+from kolors_fast.training.trainer import Trainer
+
+from .tiny import OBJECTIVES, make
+
+NAMES = ("epsilon", "rectified_flow", "learned_variance")
+STEPS = 4
+
+
+def trainer(folder: Path, name: str, world: World) -> Trainer:
+    stage, objective = make(name, rank=world.rank, size=world.size)
+    return Trainer(stage, objective, folder, world)
+
+
+def steps_of(one: Trainer, count: int) -> list[float]:
+    """The losses of the whole batch."""
+    return [float(one.world.mean(one.train_step())) for _ in range(count)]
+
+
+def whole_average(one: Trainer) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in one._average().state_dict().items()}
+
+
+def train_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Losses, norms and averages of every engine and objective; checkpoints of half the steps stay in `folder`."""
+    found = {}
+    for engine in ENGINES if size == 4 else ENGINES[:2]:
+        os.environ["LOCAL_WORLD_SIZE"] = "2" if engine == "hybrid" else str(size)
+        world = World(rank, size, engine)
+        for name in NAMES if size == 2 or engine == "fsdp" else NAMES[:1]:
+            one = trainer(folder / engine / name, name, world)
+            losses = steps_of(one, STEPS // 2)
+            one.save()
+            losses += steps_of(one, STEPS - STEPS // 2)
+            found[engine, name] = losses, whole_average(one)
+    return found
+
+
+def resume_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """What another number of processes, and the other engine, make of the checkpoints."""
+    found = {}
+    os.environ["LOCAL_WORLD_SIZE"] = str(size)
+    for source, engine in (("ddp", "ddp"), ("fsdp", "fsdp"), ("ddp", "fsdp"), ("fsdp", "ddp"), ("hybrid", "fsdp")):
+        for name in NAMES if source == engine == "fsdp" else NAMES[:1]:
+            one = trainer(folder / source / name, name, World(rank, size, engine))
+            one._resume()
+            assert one.step == STEPS // 2
+            found[source, engine, name] = steps_of(one, STEPS - STEPS // 2), whole_average(one)
+    return found
+
+
+def spawn(work: Callable[[int, int, Path], dict[str, Any]], size: int, folder: Path) -> dict[str, Any]:
+    """What the main process of `size` of them returns."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results: Any = context.Queue()
+    arguments = (work.__name__, size, port, folder, results)
+    processes = [context.Process(target=_process, args=(rank, *arguments)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=240) for _ in processes]  # nothing but an error, or none
+    for process in processes:
+        process.join(60)
+    errors = [value for _, value in found if isinstance(value, str)]
+    assert not errors, errors[0]
+    result: dict[str, Any] = torch.load(folder / f"{work.__name__}-0.pt", weights_only=True)
+    return result
+
+
+def _process(rank: int, work: str, size: int, port: int, folder: Path, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        dist.init_process_group("gloo")
+        value = globals()[work](rank, size, folder)
+        torch.save(value, folder / f"{work}-{rank}.pt")
+        results.put((rank, None))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, traceback.format_exc()))
+        raise
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
+    found = {}
+    for name in NAMES:
+        one = trainer(tmp_path_factory.mktemp(name), name, World())
+        found[name] = steps_of(one, STEPS), whole_average(one)
+    return found
+
+
+def assert_same(found: tuple[list[float], dict[str, Tensor]], expected: tuple[list[float], dict[str, Tensor]]) -> None:
+    losses, average = found
+    assert losses == pytest.approx(expected[0][-len(losses) :], rel=1e-5)
+    for name, value in average.items():
+        torch.testing.assert_close(value, expected[1][name], rtol=1e-4, atol=2e-5, msg=name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo on Linux")
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_processes_trains_the_same(
+    tmp_path: Path, alone: dict[str, tuple[list[float], dict[str, Tensor]]], size: int
+) -> None:
+    found = spawn(train_all, size, tmp_path)
+    assert len(found) == (5 if size == 4 else 6)
+    for (_, name), result in found.items():
+        assert_same(result, alone[name])
+    if size == 4:
+        for (*_, name), result in spawn(resume_all, 2, tmp_path).items():
+            assert_same(result, alone[name])
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    _, objective = make("epsilon", size=3)
+    with pytest.raises(ValueError, match="batch: expected a multiple of the 3 processes, got 8"):
+        objective.loss(0)
+
+
+def test_engines_have_names() -> None:
+    with pytest.raises(ValueError, match="engine: expected one of ddp, fsdp, hybrid, got 'zero'"):
+        World.join("zero")
+    assert set(NAMES) <= set(OBJECTIVES) and checkpoints.KEPT == 2
