@@ -18,8 +18,8 @@ from kolors_fast.schedulers.rectified_flow import interpolate, parse_density, sh
 
 from .config import DenoiserStage, EpsilonLinearStage, RectifiedFlowStage
 from .monitor import GUIDANCE, judge_prompts
-from .objectives import add_noise, alpha_bar
-from .pool import LatentPool
+from .objectives import add_noise, alpha_bar, first_texts
+from .pool import Bucket, LatentPool
 from .streams import Streams
 
 STEPS = 25  # of what is drawn to be judged
@@ -72,7 +72,15 @@ class MMDiTObjective(ABC):
         self.pool, self.stage, self.streams = pool, stage, streams
 
     @abstractmethod
-    def corrupt(self, latents: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps [count] to train at."""
+
+    @abstractmethod
+    def timesteps_at(self, times: Tensor) -> Tensor:
+        """Timesteps at times [B] in (0, 1)."""
+
+    @abstractmethod
+    def corrupt(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents and noise [B, C, h, w] -> z_t, the timesteps [B] told to the model, and the target."""
 
     @abstractmethod
@@ -87,10 +95,22 @@ class MMDiTObjective(ABC):
         empty = torch.from_numpy(rng.random(len(items)) < self.stage.caption_dropout)
         parts = drop_sd3_features(bucket.texts(items, choice, empty), self.stage.encoder_dropout, generator)
         noise = torch.randn(latents.shape, generator=generator)
-        noisy, timesteps, target = self.corrupt(latents, noise, generator)
+        timesteps = self.draw_timesteps(len(items), generator)
+        return self._squares(self.module, latents, parts, noise, timesteps).mean()
+
+    def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """See `DenoiserObjective`."""
+        latents, parts = bucket.latents[items].float(), first_texts(bucket, items)
+        return self._squares(module, latents, parts, noise, self.timesteps_at(times)).mean((1, 2, 3))
+
+    def _squares(
+        self, module: nn.Module, latents: Tensor, parts: SD3TextParts, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        noisy, told, target = self.corrupt(latents, noise, timesteps)
         text = parts.join()
-        predicted = self.module(noisy, text.prompt_embeds, text.pooled_prompt_embeds, timesteps, return_dict=False)[0]
-        return (predicted.float() - target).square().mean()
+        predicted = module(noisy, text.prompt_embeds, text.pooled_prompt_embeds, told, return_dict=False)[0]
+        squares: Tensor = (predicted.float() - target).square()
+        return squares
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         assert isinstance(averaged, MMDiT)
@@ -116,9 +136,14 @@ class RectifiedFlowObjective(MMDiTObjective):
         super().__init__(mmdit, vae, encoders, pool, stage, streams)
         self.density, self.shift = parse_density(stage.density), stage.shift
 
-    def corrupt(self, latents: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        t = shift_timestep(self.density.sample((len(latents),), generator), self.shift)
-        return interpolate(latents, noise, t), TRAIN_STEPS * t, velocity_target(latents, noise)
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        return shift_timestep(self.density.sample((count,), generator), self.shift)
+
+    def timesteps_at(self, times: Tensor) -> Tensor:
+        return times
+
+    def corrupt(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return interpolate(latents, noise, timesteps), TRAIN_STEPS * timesteps, velocity_target(latents, noise)
 
     def sampler(self) -> Sampler:
         return FlowMatchEulerDiscreteScheduler(shift=self.shift)
@@ -142,8 +167,13 @@ class EpsilonLinearObjective(MMDiTObjective):
         super().__init__(mmdit, vae, encoders, pool, stage, streams)
         self.alpha_bar = alpha_bar(TRAIN_STEPS, beta_end=0.012)
 
-    def corrupt(self, latents: Tensor, noise: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        timesteps = torch.randint(TRAIN_STEPS, (len(latents),), generator=generator)
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(TRAIN_STEPS, (count,), generator=generator)
+
+    def timesteps_at(self, times: Tensor) -> Tensor:
+        return (TRAIN_STEPS * times).long()
+
+    def corrupt(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return add_noise(latents, noise, self.alpha_bar[timesteps]), timesteps, noise
 
     def sampler(self) -> Sampler:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_bins_are_the_means_of_a_loop():
     for part in np.split(np.arange(200), [3, 4, 90]):
         bins.update(torch.from_numpy(timesteps[part]), torch.from_numpy(losses[part]).float())
     figures = bins.read()
-    for low, high in zip(EDGES, EDGES[1:], strict=False):
+    for low, high in pairwise(EDGES):
         wanted = losses.astype(np.float32)[(low <= timesteps) & (timesteps < high)].astype(float).mean()
         assert figures[f"loss/t {low}-{high}"] == pytest.approx(wanted, rel=1e-12)
     assert list(figures) == ["loss/t 0-100", "loss/t 100-400", "loss/t 400-1000"]
