@@ -37,6 +37,12 @@ same parameters, and refuses one with others unless told to --overwrite. A line 
 rest go on, and the exit status is 1. By torchrun each worker draws its share of the pictures on its own GPU.
 """
 
+_MEASURES = """
+Beside the oracle's verdicts: the Frechet distance (FID, where SPEC is Inception) of the pictures to a REFERENCE, and
+the CLIP-score of pictures and prompts. SPEC is given uint8 pictures [B, 3, H, W] and returns features [B, D]. Pictures
+of a FOLDER are measured alone, with the prompts that generate put into them; by torchrun each worker takes its share.
+"""
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kolors-fast", description="Kolors-class text-to-image models, fused.")
@@ -63,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--batch", type=int, default=20)
     evaluate.add_argument("-o", "--output", type=Path, help="also write the report as JSON")
+    measures = evaluate.add_argument_group("other measures", _MEASURES)
+    measures.add_argument("--features", metavar="SPEC", help="a TorchScript file, or module.path:callable")
+    measures.add_argument("--fid", type=Path, metavar="REFERENCE", help="folder of pictures, or saved statistics")
+    measures.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIPModel with tokenizer and processor")
+    measures.add_argument("--save-statistics", type=Path, metavar="FILE.safetensors", help="to be a REFERENCE later")
+    measures.add_argument("--pictures", type=Path, metavar="FOLDER", help="of these, and draw none")
     _add_sampling(evaluate)
 
     train = commands.add_parser("train", help="train a model from a recipe")
@@ -297,8 +309,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name in ("prompts", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    if options.output is not None:
-        _check_folder(options.output)
+    for output in (options.output, options.save_statistics):
+        if output is not None:
+            _check_folder(output)
+    if options.pictures is not None:
+        return _measure_folder(options)
+    measures = _measures(options)
     pipeline = _load(options)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -307,13 +323,58 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     asked = held_out_prompts(options.prompts, options.seed)
     report = evaluate(generate, asked, batch_size=options.batch, seed=options.seed, progress=True)
+    measures.update((one.picture, one.asked.prompt) for one in report.judged)
     print(report)
+    figures = _tell(measures, options)
     if options.output is not None:
         groups = {"all": (None, None)} | {c: (c, None) for c in CATEGORIES} | {g: (None, g) for g in LANGUAGES}
         counts = {name: report.count(*group) for name, group in groups.items()}
         table = {name: {"correct": right, "prompts": of} for name, (right, of) in counts.items()}
         wrong = [{"prompt": one.asked.prompt, "reasons": one.verdict.reasons} for one in report.wrong]
-        _write(options.output, json.dumps({**table, "wrong": wrong}, ensure_ascii=False, indent=1) + "\n")
+        told = {**table, **({"measures": figures} if figures else {}), "wrong": wrong}
+        _write(options.output, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
+
+
+def _measures(options: argparse.Namespace, **share: Any) -> Any:
+    import torch
+
+    from .evaluation.pictures import Measures
+
+    if (options.features is None) != (options.fid is None and options.save_statistics is None):
+        raise ValueError("--features: expected together with --fid or --save-statistics, got one without the other")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Measures(options.features, options.fid, options.clip, device=device, batch=options.batch, **share)
+
+
+def _measure_folder(options: argparse.Namespace) -> None:
+    """Measure the pictures of a folder, under torchrun together with the other workers."""
+    import json
+
+    from .evaluation.pictures import picture_files, read
+    from .pipelines.prompts_file import Worker
+    from .training.parallel import World
+
+    if options.features is None and options.clip is None:
+        raise ValueError("--pictures: expected --features or --clip with it, got neither")
+    files, worker = picture_files(options.pictures), Worker.from_environment()
+    options.device = worker.device(options.device)
+    World.join()
+    measures = _measures(options, share=worker.share)
+    measures.update(read(worker.share(files)))
+    measures.all_reduce()
+    if worker.rank == 0:
+        figures = _tell(measures, options)
+        if options.output is not None:
+            _write(options.output, json.dumps({"measures": figures}, indent=1) + "\n")
+
+
+def _tell(measures: Any, options: argparse.Namespace) -> dict[str, float]:
+    figures: dict[str, float] = measures.figures()
+    for name, value in figures.items():
+        print(f"{name}: {value:.6g}")
+    if options.save_statistics is not None:
+        measures.save(options.save_statistics)
+    return figures
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -17,8 +17,8 @@ from kolors_fast.schedulers import DPMSolverMultistepScheduler
 
 from .config import LearnedVarianceStage
 from .monitor import STEPS, judge_prompts
-from .objectives import add_noise, draw_timesteps, snr_weights
-from .pool import Encode, LatentPool, draw_batch
+from .objectives import add_noise, draw_timesteps, first_texts, snr_weights
+from .pool import Bucket, Encode, LatentPool, draw_batch
 from .streams import Streams
 
 TRAIN_STEPS = 1000
@@ -118,16 +118,23 @@ class LearnedVarianceObjective(ABC):
 
     def loss(self, step: int) -> Tensor:
         stage, drawn = self.stage, draw_batch(self.pool, self.stage, self.streams, step)
-        latents, noise = drawn.latents, drawn.noise  # [b, C, h, w]
         timesteps = draw_timesteps(
             stage.batch, TRAIN_STEPS, stage.timestep_power, stage.timestep_falloff, self.streams.torch(step)
         )[drawn.rows]
+        return self._losses(self.module, drawn.latents, drawn.texts, drawn.noise, timesteps).mean()
+
+    def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """See `DenoiserObjective`."""
+        latents, texts = bucket.latents[items].float(), first_texts(bucket, items)
+        return self._losses(module, latents, texts, noise, (TRAIN_STEPS * times).long())
+
+    def _losses(self, module: nn.Module, latents: Tensor, texts: Any, noise: Tensor, timesteps: Tensor) -> Tensor:
         signal = self.process.signal[timesteps]
         noisy = add_noise(latents, noise, signal)
-        output = self.predict(self.module, noisy, timesteps, drawn.texts).float()
+        output = self.predict(module, noisy, timesteps, texts).float()
         error = (output.chunk(2, dim=1)[0] - noise).square().mean((1, 2, 3))  # [B]
         bound = self.process.variational_bound(output, latents, noise, timesteps)
-        return (error * snr_weights(signal.clamp(min=_LEAST_SIGNAL), stage.snr_gamma) + bound).mean()
+        return error * snr_weights(signal.clamp(min=_LEAST_SIGNAL), self.stage.snr_gamma) + bound  # [B]
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         def draw(texts: list[str], generator: torch.Generator) -> Tensor:

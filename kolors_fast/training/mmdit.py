@@ -18,8 +18,8 @@ from kolors_fast.schedulers.rectified_flow import interpolate, parse_density, sh
 
 from .config import DenoiserStage, EpsilonLinearStage, RectifiedFlowStage
 from .monitor import GUIDANCE, judge_prompts
-from .objectives import add_noise, alpha_bar
-from .pool import LatentPool, draw_batch
+from .objectives import add_noise, alpha_bar, first_texts
+from .pool import Bucket, LatentPool, draw_batch
 from .streams import Streams
 
 STEPS = 25  # of what is drawn to be judged
@@ -72,12 +72,16 @@ class MMDiTObjective(ABC):
         self.pool, self.stage, self.streams = pool, stage, streams
 
     @abstractmethod
-    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """What `corrupt` takes as t, [count]."""
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps [count] to train at."""
 
     @abstractmethod
-    def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents and noise [B, C, h, w] and t [B] -> z_t, the timesteps [B] told to the model, and the target."""
+    def timesteps_at(self, times: Tensor) -> Tensor:
+        """Timesteps at times [B] in (0, 1)."""
+
+    @abstractmethod
+    def corrupt(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents and noise [B, C, h, w] -> z_t, the timesteps [B] told to the model, and the target."""
 
     @abstractmethod
     def sampler(self) -> Sampler:
@@ -87,11 +91,23 @@ class MMDiTObjective(ABC):
         batch, generator = self.stage.batch, self.streams.torch(step)
         drawn = draw_batch(self.pool, self.stage, self.streams, step)
         drops = torch.rand(3, batch, generator=generator) < self.stage.encoder_dropout
-        text = without_encoders(drawn.texts, drops[:, drawn.rows]).join()
-        t = self.draw_times(batch, generator)[drawn.rows]
-        noisy, timesteps, target = self.corrupt(drawn.latents, drawn.noise, t)
-        predicted = self.module(noisy, text.prompt_embeds, text.pooled_prompt_embeds, timesteps, return_dict=False)[0]
-        return (predicted.float() - target).square().mean()
+        parts = without_encoders(drawn.texts, drops[:, drawn.rows])
+        timesteps = self.draw_timesteps(batch, generator)[drawn.rows]
+        return self._squares(self.module, drawn.latents, parts, drawn.noise, timesteps).mean()
+
+    def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """See `DenoiserObjective`."""
+        latents, parts = bucket.latents[items].float(), first_texts(bucket, items)
+        return self._squares(module, latents, parts, noise, self.timesteps_at(times)).mean((1, 2, 3))
+
+    def _squares(
+        self, module: nn.Module, latents: Tensor, parts: SD3TextParts, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        noisy, told, target = self.corrupt(latents, noise, timesteps)
+        text = parts.join()
+        predicted = module(noisy, text.prompt_embeds, text.pooled_prompt_embeds, told, return_dict=False)[0]
+        squares: Tensor = (predicted.float() - target).square()
+        return squares
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         assert isinstance(averaged, MMDiT)
@@ -117,11 +133,14 @@ class RectifiedFlowObjective(MMDiTObjective):
         super().__init__(mmdit, vae, encoders, pool, stage, streams)
         self.density, self.shift = parse_density(stage.density), stage.shift
 
-    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         return shift_timestep(self.density.sample((count,), generator), self.shift)
 
-    def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return interpolate(latents, noise, t), TRAIN_STEPS * t, velocity_target(latents, noise)
+    def timesteps_at(self, times: Tensor) -> Tensor:
+        return times
+
+    def corrupt(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return interpolate(latents, noise, timesteps), TRAIN_STEPS * timesteps, velocity_target(latents, noise)
 
     def sampler(self) -> Sampler:
         return FlowMatchEulerDiscreteScheduler(shift=self.shift)
@@ -145,11 +164,14 @@ class EpsilonLinearObjective(MMDiTObjective):
         super().__init__(mmdit, vae, encoders, pool, stage, streams)
         self.alpha_bar = alpha_bar(TRAIN_STEPS, beta_end=0.012)
 
-    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(TRAIN_STEPS, (count,), generator=generator)
 
-    def corrupt(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return add_noise(latents, noise, self.alpha_bar[t]), t, noise
+    def timesteps_at(self, times: Tensor) -> Tensor:
+        return (TRAIN_STEPS * times).long()
+
+    def corrupt(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return add_noise(latents, noise, self.alpha_bar[timesteps]), timesteps, noise
 
     def sampler(self) -> Sampler:
         return DDIMScheduler(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,15 +18,19 @@ from torch.nn.utils.rnn import pad_sequence
 from kolors_fast.data.shapes import caption, render, sample_training
 from kolors_fast.data.shapes.scene import REQUEST_PARTS, Request, request_parts
 from kolors_fast.data.shapes.split import CATEGORIES
+from kolors_fast.evaluation.validation_loss import StratifiedLoss, normal, stratified_loss
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 from kolors_fast.models.unet import KolorsUNet
 
+from .buckets import Size
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage
 from .monitor import encode, judge_prompts, judge_reconstructions, sample, validation_prompts
-from .pool import LatentPool, draw_batch
+from .pool import Bucket, LatentPool, draw_batch
 from .streams import Streams
+
+Texts = tuple[Tensor, Tensor, Tensor]  # of Kolors' UNet: states, key bias and pooled state
 
 _VALIDATION = 2**31 - 1  # a batch that no step trains on
 
@@ -44,6 +50,43 @@ class Objective(Protocol):
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """Look at the averaged weights: figures to log; pictures, if any, go to `folder`."""
         ...
+
+
+class DenoiserObjective(Objective, Protocol):
+    """An objective over latents of a pool, of which there is a loss at every time."""
+
+    def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """What `loss` is the mean of, [B], for items [B] of a bucket with their first captions.
+
+        Args:
+            times: [B] in (0, 1), from the picture to the noise.
+            noise: [B, C, h, w].
+        """
+        ...
+
+
+def validation_loss(
+    objective: DenoiserObjective, module: nn.Module, pool: LatentPool, *, batch: int, count: int = 8, seed: int = 0
+) -> StratifiedLoss:
+    """`stratified_loss` of a module over a pool that it was not trained on, at `count` times."""
+    starts = np.cumsum([0, *(len(bucket.latents) for bucket in pool.buckets)])  # items are counted through the buckets
+
+    def batches() -> Iterator[Tensor]:
+        for start, end in pairwise(starts.tolist()):
+            yield from torch.arange(start, end).split(batch)
+
+    def loss_at(items: Tensor, times: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        number = int(np.searchsorted(starts, int(items[0]), side="right")) - 1
+        bucket = pool.buckets[number]
+        noise = normal((len(items), *bucket.latents.shape[1:]), generators)
+        return objective.loss_at(module, bucket, items - int(starts[number]), times, noise)
+
+    return stratified_loss(loss_at, batches(), count=count, seed=seed)
+
+
+def first_texts(bucket: Bucket, items: Tensor) -> Any:
+    """What the denoiser reads of the first caption of each item [B]."""
+    return bucket.texts(items, torch.zeros_like(items), torch.zeros_like(items, dtype=torch.bool))
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -235,23 +278,32 @@ class EpsilonObjective:
         timesteps = draw_timesteps(
             stage.batch, len(self.alpha_bar), stage.timestep_power, stage.timestep_falloff, self.streams.torch(step)
         )[drawn.rows]
-        noise = drawn.noise
-        noisy = add_noise(drawn.latents, noise, self.alpha_bar[timesteps])
-        predicted = self.predict(noisy, timesteps, drawn.texts, *drawn.size)
+        return self._losses(self.module, drawn.latents, drawn.texts, drawn.size, drawn.noise, timesteps).mean()
+
+    def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
+        """See `DenoiserObjective`."""
+        latents, texts = bucket.latents[items].float(), first_texts(bucket, items)
+        return self._losses(module, latents, texts, bucket.size, noise, (len(self.alpha_bar) * times).long())
+
+    def _losses(
+        self, module: nn.Module, latents: Tensor, texts: Texts, size: Size, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        signal = self.alpha_bar[timesteps]
+        predicted = self.predict(module, add_noise(latents, noise, signal), timesteps, texts, *size)
         error = (predicted.float() - noise).square().mean((1, 2, 3))  # [B]
-        return (error * snr_weights(self.alpha_bar[timesteps], self.stage.snr_gamma)).mean()
+        return error * snr_weights(signal, self.stage.snr_gamma)
 
     def predict(
-        self, noisy: Tensor, timesteps: Tensor, texts: tuple[Tensor, Tensor, Tensor], height: int, width: int
+        self, module: nn.Module, noisy: Tensor, timesteps: Tensor, texts: Texts, height: int, width: int
     ) -> Tensor:
         """The UNet's prediction for latents of whole pictures of height x width pixels."""
         embeds, key_bias, pooled = texts
         sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
         added = {"text_embeds": pooled, "time_ids": sizes.expand(len(noisy), -1)}
-        output = self.module(
+        output: Tensor = module(
             noisy, timesteps, embeds, added_cond_kwargs=added, encoder_key_bias=key_bias, return_dict=False
-        )
-        return output[0]
+        )[0]
+        return output
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         assert isinstance(averaged, KolorsUNet)
