@@ -52,9 +52,8 @@ def inject_lora(
         raise ValueError("adapter: expected one layer or more, got none")
     training = {path: model.get_submodule(path).training for path in adapter}
     config = peft.LoraConfig(**peft_config(adapter))
-    model.requires_grad_(False)
     state = {f"{path}.lora_A.weight": lora.down for path, lora in adapter.items()}  # tells the layers, exactly
-    peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True, state_dict=state)
+    peft.inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True, state_dict=state)  # freezes the others
     parameters = []
     for path, layer in _injected(model).items():
         lora, device = adapter[path], layer.get_base_layer().weight.device
@@ -93,9 +92,7 @@ def merge_lora(model: nn.Module) -> None:
     for path, layer in _injected(model).items():
         base = layer.get_base_layer()
         layer.merge()
-        base.weight.mul_(
-            1
-        )  # an edit that is counted, for what is derived of the weight; PEFT's is made through `.data`
+        base.weight.mul_(1)  # an edit that is counted, as PEFT's, through `.data`, is not: caches look at the version
         model.set_submodule(path, base)
     model.__dict__.pop("peft_config", None)
 

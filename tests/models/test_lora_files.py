@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kolors_fast import KolorsUNet, MMDiT, PixArtTransformer
 from kolors_fast.models import lora_files
 from kolors_fast.models.checkpoint import CheckpointError
-from kolors_fast.models.lora_adapter import load_lora, save_lora
+from kolors_fast.models.lora_adapter import inject_lora, load_lora, save_lora
 from kolors_fast.models.lora_files import LoRA, lora_layers, lora_shapes, read_lora, write_lora
 
 FORMATS = ("diffusers", "peft", "kohya")
@@ -160,7 +160,7 @@ def assert_equal(got: dict[str, LoRA], want: dict[str, LoRA]) -> None:
 def test_diffusers_models_load_what_we_save(name: str, format: str, tmp_path: Path) -> None:
     (ours, theirs), file = pair(name), tmp_path / "lora.safetensors"
     write_lora(file, uneven(ours, name), ours, format)
-    load_lora(ours, file)
+    inject_lora(ours, uneven(ours, name))
     prefix = "unet" if name == "unet" else "transformer"
     theirs.load_lora_adapter(str(tmp_path), weight_name=file.name, prefix=prefix)  # by its path alone, without alpha
     assert_same(name, ours, theirs)
@@ -170,7 +170,7 @@ def test_peft_loads_what_we_save(tmp_path: Path) -> None:
     """diffusers has no LoRA for PixArt, whose own training scripts use PEFT."""
     (ours, theirs), file = pair("pixart"), tmp_path / "lora.safetensors"
     write_lora(file, adapter(ours, "pixart"), ours, "peft")
-    load_lora(ours, file)
+    inject_lora(ours, adapter(ours, "pixart"))
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=list(MODELS["pixart"][3]))
     peft.inject_adapter_in_model(config, theirs)
     state = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
@@ -185,7 +185,7 @@ def test_diffusers_pipelines_load_what_we_save(name: str, format: str, tmp_path:
     """Kohya's keys through diffusers' converter."""
     (ours, theirs), file = pair(name), tmp_path / "lora.safetensors"
     write_lora(file, adapter(ours, name), ours, format)
-    load_lora(ours, file)
+    inject_lora(ours, adapter(ours, name))
     pipeline(name, theirs).load_lora_weights(str(tmp_path), weight_name=file.name)
     assert_same(name, ours, theirs)
 
