@@ -36,6 +36,8 @@ class Trainer:
         self.world = world or World()
         self.module = objective.module.train()
         self.ema = EMA(self.module, stage.ema)
+        # an adapter's checkpoint does without the weights that it is added to
+        self.left_out = {n for n, p in self.module.named_parameters() if stage.lora and not p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self._parameter_groups(), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
         )
@@ -98,8 +100,8 @@ class Trainer:
         if self.world.is_main:
             state = {
                 "step": self.step,
-                "model": tensors(self.module),
-                "average": tensors(self.ema.module),
+                "model": self._state(self.module),
+                "average": self._state(self.ema.module),
                 "updates": self.ema.updates,
                 "optimizer": self.optimizer.state_dict(),
             }
@@ -111,17 +113,21 @@ class Trainer:
             return
         state = read_state(path)
         try:
-            self.module.load_state_dict(state["model"])
-            self.ema.module.load_state_dict(state["average"])
+            for module, saved in ((self.module, state["model"]), (self.ema.module, state["average"])):
+                own = module.state_dict()
+                module.load_state_dict({**{name: own[name] for name in self.left_out}, **saved})
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema.updates, self.step = state["updates"], state["step"]
         except (KeyError, RuntimeError, ValueError) as error:
             first_line = str(error).split("\n", 1)[0]
             raise TrainingStateError(f"{path} does not fit stage '{self.stage.name}': {first_line}") from error
 
+    def _state(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in tensors(module).items() if name not in self.left_out}
+
     def _parameter_groups(self) -> list[dict[str, object]]:
         """Weight decay for matrices and convolutions, none for biases and norms."""
-        parameters = list(self.module.parameters())
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
         return [
             {"params": [p for p in parameters if p.dim() > 1]},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
