@@ -18,6 +18,8 @@ else:
 from kolors_fast.pipelines.sd3_text import DROP
 from kolors_fast.schedulers.rectified_flow import parse_density
 
+from .lora import LoRAConfig
+
 RECIPES = Path(__file__).parent / "recipes"
 
 T = TypeVar("T")
@@ -61,12 +63,15 @@ class Stage:
     precision: str = "bf16"  # of matrix products and convolutions; weights and optimizer stay fp32
     checkpoint_every: int = 500
     monitor_every: int = 1000
+    lora: LoRAConfig | None = None  # an adapter is trained in place of the weights
     stop_on_failed_checkpoint: bool = True  # else a full disk is told, and training goes on
 
     # what may differ when a run is resumed: it changes no weight
     HARMLESS: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "monitor_every", "stop_on_failed_checkpoint"})
 
     def __post_init__(self) -> None:
+        if self.lora is not None and not isinstance(self, PoolStage):
+            raise RecipeError(f"stage '{self.name}': lora: expected only where a denoiser is trained")
         for key in ("steps", "batch", "checkpoint_every", "monitor_every"):
             if getattr(self, key) < 1:
                 raise RecipeError(f"stage '{self.name}': {key}: expected 1 or more, got {getattr(self, key)}")
@@ -335,7 +340,13 @@ def _parse(kind: type[T], table: dict[str, Any], where: str) -> T:
     missing = [name for name in required if name not in table]
     if missing:
         raise RecipeError(f"{where}: missing key '{missing[0]}'")
-    return kind(**{name: _convert(value, hints[name], f"{where}: {name}") for name, value in table.items()})
+    values = {name: _convert(value, hints[name], f"{where}: {name}") for name, value in table.items()}
+    try:
+        return kind(**values)
+    except RecipeError:
+        raise
+    except ValueError as error:  # of a dataclass that others make, too
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -353,7 +364,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if len(inner) == len(value):
             return tuple(_convert(v, h, where) for v, h in zip(value, inner, strict=True))
     elif origin in (Union, types.UnionType):
-        raise TypeError(f"recipes have no optional values, {where} does")
+        (inner,) = (one for one in get_args(hint) if one is not type(None))  # None is a key left out
+        return _convert(value, inner, where)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     elif isinstance(value, origin or hint) and not (hint is int and isinstance(value, bool)):

@@ -13,8 +13,10 @@ from torch import nn
 from kolors_fast.assets import BUNDLED, bundled
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.checkpoint import PretrainedModel, write_file
+from kolors_fast.models.lora_adapter import save_lora
 
 from .config import PoolStage, Recipe, RecipeError, Stage
+from .lora import add_lora
 from .objectives import Objective
 from .parallel import World
 from .pool import Captions, Encode, LatentPool, build_pool
@@ -51,10 +53,15 @@ class Session(ABC):
             return
         torch.manual_seed(self.recipe.seed)  # of the initial weights
         objective = self._objective(stage, folder)
+        if stage.lora is not None:
+            add_lora(objective.module, stage.lora, seed=self.recipe.seed)
         seed, accept = self.recipe.seed, self.accept_changes
         module = Trainer(stage, objective, folder, self.world, seed=seed, accept_changes=accept).run()
-        if self.world.is_main:
+        if self.world.is_main and stage.lora is not None:
+            save_lora(module, folder / "pytorch_lora_weights.safetensors", base_model=self.recipe.name)
+        elif self.world.is_main:
             self._keep(stage, objective, module)
+        if self.world.is_main:
             write_file(done, json.dumps({"steps": stage.steps}).encode())
         self.world.wait()
 

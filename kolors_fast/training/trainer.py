@@ -66,6 +66,8 @@ class Trainer:
         for sharded in (self.module, self.ema.module):
             self.world.shard(sharded)
         self.loss: Callable[[int], Tensor] = self.world.losses(objective)
+        # an adapter's checkpoint does without the weights that it is added to
+        self.left_out = {n for n, p in self.module.named_parameters() if stage.lora and not p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self._parameter_groups(), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
         )
@@ -151,7 +153,8 @@ class Trainer:
         }
         state = {"skipped": self.skipped}
         return {
-            "model": _state(self.module), "average": _state(self.ema.module), "optimizer": moments, "trainer": state,
+            "model": self._state(self.module), "average": self._state(self.ema.module), "optimizer": moments,
+            "trainer": state,
         }  # fmt: skip
 
     def _resume(self) -> None:
@@ -166,7 +169,7 @@ class Trainer:
                 raise TrainingStateError(f"{found.path} does not fit stage '{self.stage.name}': it trained {name}")
             like = torch.zeros((), device=self.world.device) if key == "step" else torch.zeros_like(parameters[name])
             self.optimizer.state[parameters[name]][key] = like
-        missing = sorted({n for n, p in self.module.named_parameters()} - set(found.names("model")))
+        missing = sorted({*parameters} - {*found.names("model")} - self.left_out)
         if missing:
             raise TrainingStateError(f"{found.path} does not fit stage '{self.stage.name}': it has no {missing[0]}")
         found.load_into(self._tensors(), self.world)
@@ -232,15 +235,14 @@ class Trainer:
 
     def _parameter_groups(self) -> list[dict[str, object]]:
         """Weight decay for matrices and convolutions, none for biases and norms."""
-        parameters = list(self.module.parameters())
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
         return [
             {"params": [p for p in parameters if p.dim() > 1]},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
 
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach() for key, value in module.state_dict().items()}
+    def _state(self, module: nn.Module) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in module.state_dict().items() if name not in self.left_out}
 
 
 class _Interrupts:
