@@ -204,7 +204,7 @@ class BlockGradientScaler:
         dtype: float16; or float32, to see what the scaling by itself does.
 
     Raises:
-        ValueError: a parameter is in two branches or not in the module, or a branch is scaled already.
+        ValueError: a parameter is in two branches or not in the module, a branch is scaled already, a dtype is wrong.
     """
 
     def __init__(
@@ -218,6 +218,7 @@ class BlockGradientScaler:
         self.branches = tuple(residual_branches(module) if branches is None else branches)
         self.world_size, self.dtype = world_size, dtype
         self._parameters = list(module.parameters())
+        _check_dtypes(dtype, self._parameters)
         self._owner = _owners(self._parameters, self.branches)
         device, count = self._parameters[0].device, len(self.branches)
         self._exponents = torch.full((count,), START, device=device)
@@ -284,7 +285,7 @@ class BlockGradientScaler:
         self._found = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, between updates."""
+        """All that a resumed run needs, between updates; scales as 1000 log2(s / M)."""
         values = {"exponents": self._exponents, "since": self._since, "skipped": self.skipped}
         return {"branches": self._names(), **{key: value.detach().clone() for key, value in values.items()}}
 
@@ -341,6 +342,14 @@ class BlockGradientScaler:
 
 def _methods(branch: Branch) -> tuple[str, ...]:
     return (branch.method,) if branch.before is None else (branch.method, branch.before)
+
+
+def _check_dtypes(dtype: torch.dtype, parameters: Sequence[nn.Parameter]) -> None:
+    if dtype not in (torch.float16, torch.float32):
+        raise ValueError(f"dtype: expected torch.float16 or torch.float32, got {dtype}")
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ValueError(f"module: expected parameters that train in torch.float32, got {parameter.dtype}")
 
 
 def _owners(parameters: Sequence[nn.Parameter], branches: Sequence[Branch]) -> list[int]:

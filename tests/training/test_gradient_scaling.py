@@ -1,213 +1,47 @@
-"""Per-resblock gradient scaling: against plain training, against one scale for all, and its rule against arithmetic."""
+"""Per-resblock gradient scaling: its rule against arithmetic, and where one scale for all does not do."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from kolors_fast.models.autoencoder_kl import AutoencoderKL
-from kolors_fast.models.layers import is_wrapped
-from kolors_fast.models.mmdit import MMDiT
-from kolors_fast.models.pixart import PixArtTransformer
-from kolors_fast.models.unet import KolorsUNet
+from kolors_fast.training import gradient_scaling
 from kolors_fast.training.checkpoint import read_state, write_state
-from kolors_fast.training.dit import DiT
-from kolors_fast.training.gradient_scaling import BlockGradientScaler, Branch, residual_branches
+from kolors_fast.training.gradient_scaling import BlockGradientScaler, Branch
 
-# ---- models: a call that gives a loss, of texts whose gradient is looked at too
-
-
-def unet():
-    model = KolorsUNet(
-        in_channels=4, out_channels=4, sample_size=8, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2), attention_head_dim=(1, 2), cross_attention_dim=12, encoder_hid_dim=10,
-        norm_num_groups=4, addition_time_embed_dim=6, projection_class_embeddings_input_dim=6 * 6 + 10,
-    )  # fmt: skip
-    added = {"text_embeds": torch.randn(2, 10), "time_ids": torch.randint(0, 2048, (2, 6)).float()}
-    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 10)
-    return model, (sample, text), lambda: model(sample, 613, text, added_cond_kwargs=added).sample
+WIDTH = 8
 
 
-def mmdit(**config):
-    model = MMDiT(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=6, caption_projection_dim=16, pooled_projection_dim=6, pos_embed_max_size=8,
-        qk_norm="rms_norm", dual_attention_layers=(0,), **config,
-    )  # fmt: skip
-    sample, text, pooled = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 6), torch.randn(2, 6)
-    return model, (sample, text, pooled), lambda: model(sample, text, pooled, 500.0).sample
-
-
-def mmdit_checkpointed():
-    model, inputs, call = mmdit()
-    model.enable_gradient_checkpointing()
-    return model, inputs, call
-
-
-def pixart():
-    model = PixArtTransformer(
-        num_attention_heads=2, attention_head_dim=8, num_layers=2, cross_attention_dim=16, caption_channels=10,
-        sample_size=16,
-    )  # fmt: skip
-    sample, text, mask = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 10), torch.tensor([[1] * 5, [1] * 3 + [0] * 2])
-    return model, (sample, text), lambda: model(sample, text, 500.0, encoder_attention_mask=mask).sample
-
-
-def dit():
-    model = DiT(classes=3, heads=2, head_dim=8, depth=2, channels=4, patch_size=2, sample_size=8)
-    for parameter in model.parameters():  # which starts as zero where the paper's does
-        nn.init.normal_(parameter, std=0.1)
-    sample, time, labels = torch.randn(2, 4, 8, 8), torch.tensor([500, 20]), torch.tensor([0, 2])
-    return model, (sample,), lambda: model(sample, time, labels)
-
-
-MODELS = {
-    # residual blocks down, mid and up 2 + 2 + 4; transformer blocks 2 + 2 + 4, of three branches each
-    "unet": (unet, 8 + 8 * 3),
-    # attn, ff, ff_context a block; one attn2; no ff_context in the last
-    "mmdit": (mmdit, 3 * 3 + 1 - 1),
-    "mmdit, checkpointed": (mmdit_checkpointed, 9),
-    "pixart": (pixart, 2 * 3),
-    "dit": (dit, 2 * 2),
-}
-
-
-def make(name):
-    torch.manual_seed(0)
-    model, inputs, call = MODELS[name][0]()
-    return model.train(), [x.requires_grad_() for x in inputs], call
-
-
-def gradients(model, inputs):
-    return {**{n: p.grad for n, p in model.named_parameters()}, **{f"input {i}": x.grad for i, x in enumerate(inputs)}}
-
-
-def backward(call):
-    torch.manual_seed(2)
-    out = call()
-    (out * torch.randn_like(out)).mean().backward()
-
-
-def spread(scaler, seed=3):
-    """Scales from 2^7 to 2^24, no two alike."""
-    state = scaler.state_dict()
-    generator = torch.Generator().manual_seed(seed)
-    state["exponents"] = torch.randint(7000, 24001, state["exponents"].shape, generator=generator)
-    scaler.load_state_dict(state)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_in_float32_nothing_but_rounding_differs(name):
-    """Whatever enters a branch, text and modulations too, has the gradient it has without scales."""
-    model, inputs, call = make(name)
-    backward(call)
-    expected = {key: None if g is None else g.clone() for key, g in gradients(model, inputs).items()}
-    for value in (*model.parameters(), *inputs):
-        value.grad = None
-    scaler = BlockGradientScaler(model, dtype=torch.float32)
-    spread(scaler)
-    backward(call)
-    norm, nonfinite = scaler.unscale_()
-    assert not nonfinite
-    actual = gradients(model, inputs)
-    for key, truth in expected.items():
-        assert (actual[key] is None) == (truth is None), key
-        if truth is not None:
-            assert (actual[key] - truth).abs().max() <= 3e-5 * truth.abs().max() + 1e-9, key
-    truth = torch.stack([g.double().norm() for k, g in expected.items() if g is not None and "input" not in k]).norm()
-    assert float(norm) == pytest.approx(float(truth), rel=1e-5)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_in_float16_gradients_are_those_of_float32(name):
-    model, inputs, call = make(name)
-    backward(call)
-    expected = {key: g.clone() for key, g in gradients(model, inputs).items() if g is not None}
-    for value in (*model.parameters(), *inputs):
-        value.grad = None
-    scaler = BlockGradientScaler(model)
-    backward(call)
-    assert not scaler.unscale_()[1]
-    actual = gradients(model, inputs)
-    whole = torch.cat([g.flatten() for g in expected.values()])
-    error = torch.cat([actual[key].flatten() for key in expected]) - whole
-    assert 1e-6 * whole.norm() < error.norm() < 0.01 * whole.norm()  # half precision was at work
-
-
-class Products(TorchFunctionMode):
-    """Keeps the dtype of the result of each weight's product."""
-
-    def __init__(self):
+class MLP(nn.Module):
+    def __init__(self, width=WIDTH, hidden=WIDTH):
         super().__init__()
-        self.dtypes = {}
+        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func in (F.linear, F.conv2d):
-            self.dtypes[args[1]] = result.dtype
-        return result
+    def forward(self, x):
+        return self.layers(x)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_branches_compute_in_float16_between_ends_in_float32(name):
-    model, _, call = make(name)
-    scaler = BlockGradientScaler(model)
-    leaves = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.LayerNorm)]
-    assert not any(map(is_wrapped, leaves))  # or fused paths would not be taken
-    outputs = []
-    for branch in scaler.branches:
-        if branch.method == "forward":
-            branch.module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    with Products() as products:
-        assert call().dtype == torch.float32
-    inside = {p for branch in scaler.branches for p in branch.parameters()} & set(products.dtypes)
-    assert len(inside) >= 2 * len(scaler.branches)
-    for weight, dtype in products.dtypes.items():
-        assert dtype == (torch.float16 if weight in inside else torch.float32)
-    flat = [y for output in outputs for y in (output if isinstance(output, tuple) else (output,)) if y is not None]
-    assert flat and {y.dtype for y in flat} == {torch.float32}
-    scaler.remove()
-    with Products() as products:
-        call()
-    assert set(products.dtypes.values()) == {torch.float32}
+class Residual(nn.Module):
+    """norm(x + sum of branches), each behind a LayerNorm."""
 
+    def __init__(self, depth):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(depth))
+        self.branches = nn.ModuleList(MLP() for _ in range(depth))
+        self.norm = nn.LayerNorm(WIDTH)
 
-# ---- which branches
+    def forward(self, x):
+        for norm, branch in zip(self.norms, self.branches, strict=True):
+            x = x + branch(x=norm(x))
+        return self.norm(x)
 
-
-def test_branches_of_the_models():
-    for name, (_, count) in MODELS.items():
-        model, *_ = make(name)
-        branches = residual_branches(model)
-        assert len(branches) == count, name
-        assert len({branch.name for branch in branches}) == count
-    model, _, _ = make("unet")
-    inside = {p for branch in residual_branches(model) for p in branch.parameters()}
-    outside = {name for name, p in model.named_parameters() if p not in inside}
-    parts = {part for name in outside for part in name.split(".")[-3:] if not part.isdigit()}
-    assert {"conv_shortcut", "time_emb_proj", "proj_in", "proj_out", "norm3", "conv_in"} < parts
-    assert not {"conv1", "conv2", "to_q", "to_k", "ff"} & parts
-
-
-def test_what_does_not_train_is_left_out():
-    model, _, _ = make("pixart")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("attn2" in name)
-    assert [branch.name for branch in residual_branches(model)] == [f"transformer_blocks.{i}.attn2" for i in range(2)]
-
-
-def test_models_without_known_branches_are_refused():
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=2,
-    )  # fmt: skip
-    for model in (vae, nn.Linear(2, 2)):
-        with pytest.raises(ValueError, match=f"denoiser with residual branches that train, got {type(model).__name__}"):
-            residual_branches(model)
+    def scaler(self, **options):
+        branches = [Branch(str(i), branch) for i, branch in enumerate(self.branches)]
+        return BlockGradientScaler(self, branches, **options)
 
 
 def test_wrong_branches_are_refused():
@@ -237,37 +71,6 @@ def test_a_copy_runs_its_own_weights():
 
 
 # ---- the rule
-
-
-WIDTH = 8
-
-
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-class Residual(nn.Module):
-    """norm(x + sum of branches), each behind a LayerNorm."""
-
-    def __init__(self, depth):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(depth))
-        self.branches = nn.ModuleList(MLP() for _ in range(depth))
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, x):
-        for norm, branch in zip(self.norms, self.branches, strict=True):
-            x = x + branch(norm(x))
-        return self.norm(x)
-
-    def scaler(self, **options):
-        branches = [Branch(str(i), branch) for i, branch in enumerate(self.branches)]
-        return BlockGradientScaler(self, branches, **options)
 
 
 class Run:
@@ -327,6 +130,21 @@ def test_overflow_in_one_branch(value):
     run.update()
     assert not any(torch.equal(a, b) for a, b in zip(before, run.everything(), strict=True))
     assert int(run.scaler.skipped) == 1
+
+
+def test_overflow_ends_at_the_entrance():
+    """A gradient that is too large for float16 under one branch's scale is no other's trouble."""
+    run = Run()
+    state = run.scaler.state_dict()
+    state["exponents"].copy_(torch.tensor([7_000, 24_000, 7_000]))
+    run.scaler.load_state_dict(state)
+    (F.mse_loss(run.net(run.x), run.y) * 100).backward()
+    bad = {name for name, p in run.net.named_parameters() if not p.grad.isfinite().all()}
+    assert "branches.1.layers.2.weight" in bad and all(name.startswith("branches.1.") for name in bad)
+    run.scaler.unscale_()
+    run.scaler.update()
+    exponents = run.scaler.state_dict()["exponents"]
+    assert exponents.tolist() == [7_001, 23_500, 7_001]
 
 
 def test_overflow_of_the_first_update():
@@ -408,6 +226,10 @@ def test_misuse_is_named():
     with pytest.raises(ValueError, match="one of torch's with fused=True, that can skip an update, got SGD"):
         run.scaler.step(torch.optim.SGD(run.net.parameters()), 1.0)
     state = run.scaler.state_dict()
+    with pytest.raises(ValueError, match=r"expected torch.float16 or torch.float32, got torch.bfloat16"):
+        Run(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"parameters that train in torch.float32, got torch.float16"):
+        Residual(1).half().scaler()
     with pytest.raises(ValueError, match=r"expected these 2 branches, got others: \['2'\]"):
         Residual(2).scaler().load_state_dict(state)
 
@@ -432,3 +254,132 @@ def test_resumed_is_bit_for_bit_the_same(tmp_path):
     assert torch.equal(whole.scaler.scales, resumed.scaler.scales) and int(resumed.scaler.skipped) == 4
     states = whole.scaler.state_dict(), resumed.scaler.state_dict()
     assert torch.equal(states[0]["since"], states[1]["since"])
+
+
+PROCESS = """
+import torch
+from torch import distributed as dist, nn
+from kolors_fast.training.gradient_scaling import BlockGradientScaler, Branch
+
+dist.init_process_group("gloo", "file://FILE", rank=RANK, world_size=2)
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+scaler = BlockGradientScaler(net, [Branch(str(i), part) for i, part in enumerate(net)])
+optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+before = net[0].weight.detach().clone()
+net(torch.randn(2, 4)).square().mean().backward()
+if dist.get_rank() == 1:
+    net[0].bias.grad[0] = float("inf")
+scaler.step(optimizer, 1.0)
+scaler.update()
+assert torch.equal(before, net[0].weight)
+assert scaler.state_dict()["exponents"].tolist() == [12500, 13001], scaler.scales
+assert scaler.skipped == 1
+dist.destroy_process_group()
+"""
+
+
+def test_processes_agree(tmp_path):
+    """Of two, one finds an overflow."""
+    texts = [PROCESS.replace("FILE", str(tmp_path / "meet")).replace("RANK", str(rank)) for rank in range(2)]
+    running = [subprocess.Popen([sys.executable, "-c", text], stderr=subprocess.PIPE, text=True) for text in texts]
+    for process in running:
+        errors = process.communicate(timeout=100)[1]
+        assert process.returncode == 0, errors
+
+
+# ---- where one scale for all does not do
+
+DEPTH, PART, BATCH, STEPS = 8, 4, 32, 200
+WEIGHTS = 2.0 ** (11 - 6 * torch.arange(DEPTH))
+
+
+class Spread(nn.Module):
+    """A residual network whose branch i answers for part i of the output alone, of which errors weigh WEIGHTS[i].
+
+    So gradients fall by 2^42 from branch to branch, which fp32 and Adam do not mind: every part is learned as well.
+    float16's range is 2^40, and a gradient's values and the noise in them take some of it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        width = DEPTH * PART
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(DEPTH))
+        self.branches = nn.ModuleList(MLP(width, 16) for _ in range(DEPTH))
+        self.register_buffer("parts", torch.eye(DEPTH).repeat_interleave(PART, dim=1))
+
+    def forward(self, x):
+        for part, norm, branch in zip(self.parts, self.norms, self.branches, strict=True):
+            x = x + part * branch(norm(x))
+        return x
+
+    def errors(self, x, y):
+        """The mean squared error of each part."""
+        return (self(x) - y).square().unflatten(1, (DEPTH, PART)).mean((0, 2))
+
+
+def learn(update, *, global_half=False):
+    """The errors after training from noisy examples by `update(network, optimizer)(loss)`, against the true answers."""
+    torch.manual_seed(0)
+    net = Spread()
+    x = torch.randn(BATCH, DEPTH * PART)
+    y = x + torch.tanh(x @ torch.randn(DEPTH * PART, DEPTH * PART) / (DEPTH * PART) ** 0.5)
+    optimizer = torch.optim.AdamW(net.parameters(), eps=1e-25, weight_decay=0.0, fused=True)
+    update = update(net, optimizer)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / STEPS)
+        with torch.autocast("cpu", torch.float16, enabled=global_half):
+            errors = net.errors(x, y + 0.3 * torch.randn_like(y))
+        update((errors * WEIGHTS).mean())
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return net.errors(x, y)
+
+
+def never(net, optimizer):
+    return lambda loss: None
+
+
+def plainly(net, optimizer):
+    def update(loss):
+        loss.backward()
+        optimizer.step()
+
+    return update
+
+
+def by_block(net, optimizer):
+    scaler = BlockGradientScaler(net, [Branch(str(i), branch) for i, branch in enumerate(net.branches)])
+
+    def update(loss):
+        loss.backward()
+        scaler.step(optimizer, 1e9)
+        scaler.update()
+
+    return update
+
+
+def by_one(constant=None):
+    """One scale for the loss, as torch has it: a constant one, or one that grows until gradients overflow."""
+
+    def of(net, optimizer):
+        scaler = torch.amp.GradScaler("cpu", init_scale=constant or 2.0**16, growth_interval=5)
+
+        def update(loss):
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update(constant)
+
+        return update
+
+    return of
+
+
+def test_where_one_scale_for_all_loses_blocks(monkeypatch):
+    monkeypatch.setattr(gradient_scaling, "RISE", 100)  # the paper's rule, impatient: scales rise by 2^(1/10),
+    monkeypatch.setattr(gradient_scaling, "PATIENCE", 5)  # and may fall as often
+    untrained = learn(never)
+    assert (learn(plainly) / untrained).max() < 0.02
+    assert (learn(by_block) / untrained).max() < 0.04
+    for constant in (None, 2.0**4, 2.0**8, 2.0**12):  # a smaller one loses more of them, a larger one all
+        assert (learn(by_one(constant), global_half=True) / untrained).max() > 0.99
