@@ -286,8 +286,8 @@ class BlockGradientScaler:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, between updates; scales as 1000 log2(s / M)."""
-        values = {"exponents": self._exponents, "since": self._since, "skipped": self.skipped}
-        return {"branches": self._names(), **{key: value.detach().clone() for key, value in values.items()}}
+        counts = {"exponents": self._exponents, "since": self._since, "skipped": self.skipped}
+        return {"branches": self._names(), **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`. Raises ValueError where the branches are others."""

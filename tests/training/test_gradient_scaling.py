@@ -58,6 +58,17 @@ def test_wrong_branches_are_refused():
         net.scaler()
 
 
+@torch.no_grad()
+def test_without_gradients_nothing_is_rounded():
+    torch.manual_seed(0)
+    net, x = Residual(2), torch.randn(3, WIDTH)
+    expected = net(x)
+    net.scaler()
+    assert torch.equal(net(x), expected)
+    with torch.enable_grad():
+        assert 0 < (net(x) - expected).abs().max() < 0.01
+
+
 def test_a_copy_runs_its_own_weights():
     """As the average does that Trainer judges."""
     net = Residual(2)
