@@ -188,16 +188,16 @@ class BlockGradientScaler:
     autocast. Inside, autocast rounds weights and activations to float16. All scales, counters and flags stay on the
     device, and nothing waits for it.
 
-    After each update, skipped or not, a scale s of M processes
+    A scale s begins at M 2^13 for M processes, and after each update, skipped or not,
 
-        rises   s *= 2^(1/1000)   where all gradients of its branch's parameters are finite
-        falls   s /= sqrt(2)      where one is not, but at most once in 125 updates
-        stays   in [M 2^7, M 2^24], from M 2^13 on; and as it is where its branch had no gradients
+        s *= 2^(1/1000)   where all gradients of its branch's parameters were finite
+        s /= sqrt(2)      where one was not, but at most once in 125 updates
 
-    so one branch's overflow, for which the whole update is skipped, keeps no other branch from rising.
+    within [M 2^7, M 2^24]. For one branch's overflow the whole update is skipped, and the other scales rise all the
+    same. Where a branch had no gradients its scale stays as it is.
 
     Args:
-        module: fp32, on one device; its parameters may be frozen, but not be replaced, after this.
+        module: fp32, on one device; LoRA layers go in before this, and no parameter is replaced after it.
         branches: default `residual_branches(module)`.
         world_size: M, where each process divides its loss by the samples of all, and gradients are summed. It is 1
             where the loss is a mean over a process's own samples, and gradients are averaged, as `World` does.
