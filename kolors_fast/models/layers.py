@@ -159,6 +159,10 @@ class ResnetBlock(nn.Module):
         """x [B, C, H, W], skip [B, S, H, W]; shift [B, Cout]: what `time_emb_proj` made of the time embedding."""
         if skip is not None and not savings.on("skip_concat"):
             x, skip = torch.cat([x, skip], dim=1), None
+        return self.shortcut(x, skip, self.residual(x, shift, skip))
+
+    def residual(self, x: Tensor, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """What the block adds to its shortcut; arguments as those of `forward`."""
         h, bias = conv_without_bias(self.conv1, self.norm1(x, skip=skip))
         if bias is not None:
             shift = bias.expand(x.shape[0], -1) if shift is None else shift + bias
@@ -166,8 +170,7 @@ class ResnetBlock(nn.Module):
             shift = shift.to(h.dtype)
             if not savings.on("channel_add"):
                 h, shift = h + shift[:, :, None, None], None
-        h = self.conv2(self.norm2(h, channel_add=shift))
-        return self.shortcut(x, skip, h)
+        return self.conv2(self.norm2(h, channel_add=shift))
 
     @property
     def projection(self) -> nn.Module:

@@ -78,7 +78,7 @@ class Prompt:
 
     def _keys_values(self, attention: Attention) -> KeysValues:
         k, v = attention.keys_values(self.text)
-        return k, v if self._alive is None else v * self._alive
+        return k, v if self._alive is None else v * self._alive.to(v.dtype)  # a branch may be in float16
 
 
 # ---- masks
