@@ -60,7 +60,9 @@ class Stage:
     betas: tuple[float, float] = (0.9, 0.99)
     clip_norm: float = 1.0
     ema: float = 0.999
-    precision: str = "bf16"  # of matrix products and convolutions; weights and optimizer stay fp32
+    # of matrix products and convolutions; weights and optimizer stay fp32. "fp16": of a denoiser's residual branches,
+    # each under a gradient scale of its own
+    precision: str = "bf16"
     checkpoint_every: int = 500
     monitor_every: int = 1000
     lora: LoRAConfig | None = None  # an adapter is trained in place of the weights
@@ -82,8 +84,11 @@ class Stage:
             )
         if not 0 <= self.ema < 1:
             raise RecipeError(f"stage '{self.name}': ema: expected 0 <= ema < 1, got {self.ema}")
-        if self.precision not in ("fp32", "bf16"):
-            raise RecipeError(f"stage '{self.name}': precision: expected 'fp32' or 'bf16', got '{self.precision}'")
+        precisions = ("fp32", "bf16", "fp16") if isinstance(self, PoolStage) else ("fp32", "bf16")
+        if self.precision not in precisions:
+            raise RecipeError(
+                f"stage '{self.name}': precision: expected one of {', '.join(precisions)}, got '{self.precision}'"
+            )
 
 
 @dataclass(frozen=True)

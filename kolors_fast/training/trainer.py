@@ -22,6 +22,7 @@ from . import checkpoints
 from .checkpoint import TrainingStateError
 from .config import Stage
 from .ema import EMA
+from .gradient_scaling import BlockGradientScaler
 from .log import Log
 from .objectives import Objective
 from .parallel import World, gather_into
@@ -63,6 +64,8 @@ class Trainer:
         # what the monitor looks at where no process has a whole average
         self.whole = copy.deepcopy(self.module).eval() if self.world.sharded and self.world.is_main else None
         self.ema = EMA(self.module, stage.ema)
+        if stage.precision == "fp16" and self.world.sharded:
+            raise ValueError(f"engine: expected ddp with precision 'fp16', got {self.world.engine}")
         for sharded in (self.module, self.ema.module):
             self.world.shard(sharded)
         self.loss: Callable[[int], Tensor] = self.world.losses(objective)
@@ -71,6 +74,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self._parameter_groups(), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
         )
+        self.scaler = BlockGradientScaler(self.module) if stage.precision == "fp16" else None
         self.step = 0
         self.skipped = torch.zeros((), device=self.world.device)  # updates, for gradients that were not finite
         self.log: Log | None = None  # of the main process, while it runs
@@ -117,7 +121,12 @@ class Trainer:
         with computing_in(self.stage.precision, self.world.device.type):
             loss = self.loss(self.step)
         loss.backward()
-        self.skipped += clipped_step(self.optimizer, self.stage.clip_norm, self.world)
+        if self.scaler is None:
+            self.skipped += clipped_step(self.optimizer, self.stage.clip_norm, self.world)
+        else:
+            self.scaler.step(self.optimizer, self.stage.clip_norm)
+            self.scaler.update()
+            self.skipped.copy_(self.scaler.skipped)
         self.optimizer.zero_grad()
         self.ema.update(self.module)
         self.step += 1
@@ -152,6 +161,8 @@ class Trainer:
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
         state = {"skipped": self.skipped}
+        if self.scaler is not None:
+            state |= {name: self.scaler.state_dict()[name] for name in ("exponents", "since")}
         return {
             "model": self._state(self.module), "average": self._state(self.ema.module), "optimizer": moments,
             "trainer": state,
@@ -173,6 +184,8 @@ class Trainer:
         if missing:
             raise TrainingStateError(f"{found.path} does not fit stage '{self.stage.name}': it has no {missing[0]}")
         found.load_into(self._tensors(), self.world)
+        if self.scaler is not None:
+            self.scaler.load_state_dict({**self.scaler.state_dict(), "skipped": self.skipped})
         self.ema.updates, self.step = int(found.manifest["updates"]), found.step
 
     def _compare(self, found: checkpoints.Checkpoint) -> None:
@@ -271,7 +284,7 @@ class _Interrupts:
 @contextlib.contextmanager
 def computing_in(precision: str, device: str = "cpu") -> Iterator[None]:
     """bf16: autocast of matrix products and convolutions, on a CPU attention's own left out."""
-    if precision == "fp32":
+    if precision != "bf16":  # float16 is the branches' own affair: see gradient_scaling
         yield
     elif device == "cpu":
         with torch.autocast("cpu", torch.bfloat16), _AttentionInFloat32():

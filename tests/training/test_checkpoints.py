@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from kolors_fast.training import checkpoints
 from kolors_fast.training.checkpoint import TrainingStateError
-from kolors_fast.training.config import Stage
+from kolors_fast.training.config import RecipeError, Stage
 from kolors_fast.training.parallel import World
 from kolors_fast.training.trainer import Stopped, Trainer
+
+from .tiny import make
 
 STAGE = Stage("stage", "regression", 12, 4, 1e-2, warmup=2, decay=4, checkpoint_every=3, precision="fp32")
 
@@ -269,3 +271,38 @@ def test_one_process_writes_without_a_word(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         trainer(tmp_path).run()
         trainer(tmp_path, world=World()).run()
+
+
+def test_scales_of_residual_branches_are_part_of_a_checkpoint(tmp_path: Path) -> None:
+    """A run in float16 that is resumed, in the middle of its scales' rises and falls, is the run that was not."""
+
+    def train(folder: Path, steps: int) -> Trainer:
+        stage, objective = make("rectified_flow", precision="fp16")
+        one = Trainer(stage, objective, folder)
+        one._resume()
+        while one.step < steps:
+            if one.step == 3:  # one branch overflows
+                one.module.transformer_blocks[0].ff.net[2].weight.register_hook(lambda grad: grad * float("inf"))
+            one.train_step()
+            if one.step == 3:
+                one.save()
+            if one.step == 4:
+                assert float(one.skipped) == 1
+                break
+        return one
+
+    whole = train(tmp_path / "whole", 4)
+    train(tmp_path / "resumed", 3)
+    resumed = train(tmp_path / "resumed", 4)
+    assert whole.scaler is not None and resumed.scaler is not None
+    assert len(set(whole.scaler.scales.tolist())) == 2  # the one that fell, and the others
+    assert torch.equal(resumed.scaler.scales, whole.scaler.scales)
+    assert torch.equal(weights(resumed.module), weights(whole.module))
+
+
+def test_float16_is_for_denoisers_on_whole_weights(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="precision: expected one of fp32, bf16, got 'fp16'"):
+        replace(STAGE, precision="fp16")
+    stage, objective = make("rectified_flow", precision="fp16", size=2)
+    with pytest.raises(ValueError, match="engine: expected ddp with precision 'fp16', got fsdp"):
+        Trainer(stage, objective, tmp_path, World(0, 2, "fsdp"))

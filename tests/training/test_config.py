@@ -53,7 +53,7 @@ def test_unknown_keys_are_errors(table):
         ("steps", 0, "steps: expected 1 or more, got 0"),
         ("warmup", 10**9, r"warmup \+ decay: expected at most steps"),
         ("learning_rate", "fast", "learning_rate: expected float"),
-        ("precision", "fp8", "precision: expected 'fp32' or 'bf16', got 'fp8'"),
+        ("precision", "fp8", "precision: expected one of fp32, bf16.*, got 'fp8'"),
         ("ema", 1.0, "ema: expected 0 <= ema < 1"),
         ("sizes", [[128, "wide"]], "sizes: expected int, got 'wide'"),
         ("sizes", [[128, 128, 3]], r"sizes: expected tuple.*, got \[128, 128, 3\]"),

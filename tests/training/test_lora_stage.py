@@ -92,7 +92,7 @@ def test_killed_and_resumed_it_is_bit_for_bit_the_same_from_a_small_checkpoint(t
         assert all(
             torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
         )
-    with pytest.raises(TrainingStateError, match="other settings: lora was {'rank': 8, "):
+    with pytest.raises(TrainingStateError, match=r"other settings: lora was \{'rank': 8, "):
         trainer(tmp_path / "killed", stage=replace(STAGE, lora=replace(LORA, rank=4))).run()
 
 
