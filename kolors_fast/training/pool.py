@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from kolors_fast.data.buckets import Size, epoch_batches, make_buckets, nearest_bucket
 from kolors_fast.data.shapes import Scene, caption, render, sample_training
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 
-from .buckets import Size, epoch_batches, make_buckets, nearest_bucket
 from .config import PoolStage
 from .streams import Streams
 
@@ -59,7 +59,8 @@ class LatentPool:
 
     def __init__(self, buckets: list[Bucket], streams: Streams) -> None:
         self.buckets, self.streams = buckets, streams
-        self._epoch: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
+        self._epoch = -1
+        self._batches = np.empty(0), np.empty(0)  # of that epoch: bucket [T], items [T, size]
 
     def batch(self, step: int, size: int) -> tuple[Bucket, Tensor]:
         """The bucket and the items [size] of a step; every epoch is a new shuffle."""
@@ -68,11 +69,11 @@ class LatentPool:
         if per_epoch == 0:
             raise ValueError(f"scenes: expected enough for one batch of {size} in a bucket, got fewer")
         number, place = divmod(step, per_epoch)
-        if self._epoch[0] != number:
-            rng = self.streams.numpy(_EPOCH_STREAM + number)
-            self._epoch = (number, list(epoch_batches(members, size, rng)))
-        bucket, items = self._epoch[1][place]
-        return self.buckets[bucket], torch.from_numpy(items)
+        if self._epoch != number:
+            self._batches = epoch_batches(members, size, self.streams.numpy(_EPOCH_STREAM + number))
+            self._epoch = number
+        buckets, items = self._batches
+        return self.buckets[buckets[place]], torch.from_numpy(items[place])
 
 
 def build_pool(
