@@ -230,8 +230,8 @@ class FeatureDataset:
             lost = sum(map(len, small))
             names = ", ".join(f"{bucket.size[0]}x{bucket.size[1]}" for bucket in small)
             warnings.warn(
-                f"{self.folder}: {lost} of {len(self)} samples are never drawn, for there are fewer than a batch of {size} "
-                f"of their size: {names}",
+                f"{self.folder}: {lost} of {len(self)} samples are never drawn: there is less than a batch of {size} "
+                f"of their size, {names}",
                 stacklevel=3,
             )
 

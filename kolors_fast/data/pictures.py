@@ -7,7 +7,7 @@ import warnings
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .buckets import Size
 
@@ -40,6 +40,8 @@ def open_picture(data: bytes) -> Image.Image:
             return image.convert("RGB")
     except PictureError:
         raise
+    except UnidentifiedImageError as error:  # whose message has a memory address
+        raise PictureError("not decodable: of no known format") from error
     except Exception as error:  # whatever Pillow's many decoders stumble over
         raise PictureError(f"not decodable: {str(error).splitlines()[0] if str(error) else repr(error)}") from error
 

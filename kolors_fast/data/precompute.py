@@ -50,7 +50,7 @@ class Encoder(Protocol):
 
     @property
     def identity(self) -> dict[str, str]:
-        """class, name and config hash ("sha256") of the models; equal ones make the same features."""
+        """class, name, config hash ("sha256") and dtype of the models; equal ones make the same features."""
 
     def encode_pictures(self, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
         """uint8 [B, H, W, 3] -> mean and standard deviation [B, C, h, w] of the latents, scaled."""
@@ -116,9 +116,8 @@ def precompute(
     share = _Share(folder, encoder, settings, rank)
     with tqdm(desc="features", unit="sample", disable=rank > 0, mininterval=10) as bar:
         for number, one in enumerate(source):
-            if number % world == rank:
-                share.add(one)
-                bar.update()
+            share.add(one, own=number % world == rank)
+            bar.update()
     share.finish()
     report = {"counts": share.counts, "dropped": share.dropped, "skipped": share.skipped}
     _write(done, _json(report))
@@ -144,16 +143,17 @@ class _Share:
         self.dropped: Counter[str] = Counter()
         self.skipped: list[dict[str, str]] = []
 
-    def add(self, one: Sample | Skipped) -> None:
-        self.counts["samples"] += 1
-        if isinstance(one, Skipped):
+    def add(self, one: Sample | Skipped, *, own: bool) -> None:
+        """Take the next sample, or remember the key of another process's."""
+        self.counts["samples"] += own
+        if own and isinstance(one, Skipped):
             self._skip(one.key, one.reason)
-        elif one.key in self.seen:
+        elif own and one.key in self.seen:
             self._skip(one.key, "another sample has this key")
-        else:
+        elif own and isinstance(one, Sample) and one.key not in self.finished:
+            self._encode(one)
+        if isinstance(one, Sample):
             self.seen.add(one.key)
-            if one.key not in self.finished:
-                self._encode(one)
 
     def _skip(self, key: str, reason: str) -> None:
         self.skipped.append({"key": key, "reason": reason})

@@ -75,7 +75,12 @@ class PipelineEncoder:
         loaded = load_components(path_or_id, parts, torch_dtype, variant, device, given=without).components
         self.captions = KINDS[kind.index_name]
         self.read = _reader(kind, path_or_id, {name: loaded[name] for name in parts})
-        self.identity = {"class": kind.index_name, "name": Path(path_or_id).name, "sha256": model_hash(path_or_id)}
+        self.identity = {
+            "class": kind.index_name,
+            "name": Path(path_or_id).name,
+            "sha256": model_hash(path_or_id),
+            "dtype": str(torch_dtype or torch.float32).removeprefix("torch."),
+        }
 
     @torch.no_grad()
     def encode_pictures(self, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
