@@ -179,16 +179,15 @@ class _Share:
         shard.sizes.append([image.height, image.width, *crop, *size])
         shard.pixels.append(pixels)
         self.counts["encoded"] += 1
-        full = len(shard.samples) == self.settings.shard
-        if full or len(shard.pixels) == self.settings.batch:
+        if len(shard.pixels) == self.settings.batch:
             shard.encode_pictures(self.encoder)
-        if full:
+        if len(shard.samples) == self.settings.shard:
             self._write(size)
         return None
 
     def finish(self) -> None:
         """Write the shards that are not full."""
-        for size in sorted(self.open):
+        for size in list(self.open):
             self._write(size)
 
     def _write(self, size: Size) -> None:

@@ -111,6 +111,8 @@ def test_epochs_follow_their_generator():
 
     assert run(1) == run(1)
     assert run(1) != run(2)
+    one, two = ({tuple(sorted(ids)) for ids in run(seed)[1]} for seed in (1, 2))
+    assert not one & two  # other items together, not only another order of batches
 
 
 def test_buckets_are_drawn_by_their_items_left():

@@ -145,6 +145,21 @@ def test_processes_share_the_samples(tmp_path, samples, encoder):
     assert two["counts"] == one["counts"]
 
 
+def test_a_process_that_begins_again_is_not_done(tmp_path, samples, encoder):
+    for rank in range(2):
+        precompute(samples, encoder, tmp_path, SETTINGS, rank, world=2)
+    (tmp_path / "index.json").unlink()
+
+    def killed():
+        raise Killed
+        yield
+
+    with pytest.raises(Killed):
+        precompute(killed(), encoder, tmp_path, SETTINGS, 0, world=2)
+    assert not precompute(samples, encoder, tmp_path, SETTINGS, 1, world=2)
+    assert not (tmp_path / "index.json").exists()
+
+
 def test_the_filter(tmp_path, samples, encoder):
     rules = Filter({"quality": {"min": 4}, "width": {"min": 100}})
     precompute(samples, encoder, tmp_path, Settings(128, 64, 256, 2, filter=rules))
