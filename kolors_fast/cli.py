@@ -1,4 +1,4 @@
-"""The command `kolors-fast`: generate | evaluate | bench | train | info.
+"""The command `kolors-fast`: generate | evaluate | bench | precompute | train | info.
 
 Every failure that a user can cause is one sentence on stderr and exit status 1 (2 for a wrong command line).
 """
@@ -85,6 +85,20 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=int, help="CPU threads of each process; default: all")
     train.add_argument("--engine", choices=["ddp", "fsdp", "hybrid"], default="ddp", help="of several processes")
     train.add_argument("--accept-changes", action="store_true", help="resume although settings have changed")
+
+    features = commands.add_parser("precompute", help="encode pictures and captions once, to train a denoiser on them")
+    features.set_defaults(run=_precompute)
+    features.add_argument("data", metavar="DATA", help="folder of pictures, tar shards or Parquet shards")
+    features.add_argument("-o", "--output", type=Path, required=True, help="folder of latents and text features")
+    features.add_argument("--model", required=True, help="whose autoencoder and text encoders: bundled, folder, hub id")
+    features.add_argument("--variant", help="file variant of the weights, such as fp16")
+    features.add_argument("--area", type=int, default=1024, help="side of the square of a bucket's area; default: 1024")
+    features.add_argument("--min", type=int, default=512, help="shortest side of a bucket; default: 512")
+    features.add_argument("--limit", type=int, default=2048, help="longest side of a bucket; default: 2048")
+    features.add_argument("--filter", type=Path, help="TOML or JSON: which samples to keep by their metadata")
+    features.add_argument("--batch", type=int, default=8, help="pictures encoded at once; default: 8")
+    features.add_argument("--device", help="default: cuda if there is one, else cpu")
+    features.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: float16 on cuda")
 
     bench = commands.add_parser("bench", help="time steps and pictures against pure PyTorch and diffusers")
     bench.set_defaults(run=_bench)
@@ -388,6 +402,19 @@ def _train(options: argparse.Namespace) -> None:
         engine=options.engine,
         accept_changes=options.accept_changes,
     )
+
+
+def _precompute(options: argparse.Namespace) -> None:
+    from .data.metadata import Filter
+    from .data.precompute import Settings
+    from .training.precompute import precompute_command
+
+    rules = Filter({}) if options.filter is None else Filter.load(options.filter)
+    settings = Settings(options.area, options.min, options.limit, options.batch, filter=rules)
+    own = {name: getattr(options, name) for name in ("dtype", "variant", "device")}
+    dataset = precompute_command(options.data, options.output, options.model, settings, **own)
+    if dataset is not None:
+        print(f"{len(dataset)} samples in {len(dataset.buckets)} sizes; {dataset.index['counts']}")
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -124,10 +124,13 @@ class TextEncoderStage(Stage):
 
 @dataclass(frozen=True)
 class PoolStage(Stage):
-    """Training on latents of a pool of scenes that is rendered and encoded once."""
+    """Training on latents: of real pictures, from a folder that `kolors-fast precompute` has made, or of a pool of
+    scenes that is rendered and encoded once."""
 
     objects: ClassVar[int | None] = None  # of a scene; None: one to three
 
+    features: str = ""  # the folder; "": a pool, which the keys below describe
+    synthetic: float = 0.5  # with features: share of the synthetic captions among those of pictures that have both
     scenes: int = 40000
     captions: int = 4  # per scene
     area: int = 256  # side of the square whose area no bucket exceeds
@@ -145,6 +148,7 @@ class NoiseStage(PoolStage):
     snr_gamma: float = 5.0  # min-SNR weighting (Hang et al. 2023); 0 turns it off
     timestep_power: float = 1.0  # above 1, high noise is drawn more often
     timestep_falloff: float = 1.0  # above 1, the highest noise is drawn less often
+    noise_offset: float = 0.0  # standard deviation of what each picture's channels have in common
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,10 +159,16 @@ class NoiseStage(PoolStage):
 
 @dataclass(frozen=True)
 class EpsilonStage(NoiseStage):
-    """Noise prediction by Kolors' UNet."""
+    """Noise or velocity prediction by Kolors' UNet."""
 
+    prediction: str = "epsilon"  # or "v"
     train_steps: int = 1100  # of the noise schedule
     beta_end: float = 0.014
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prediction not in ("epsilon", "v"):
+            raise RecipeError(f"stage '{self.name}': prediction: expected 'epsilon' or 'v', got '{self.prediction}'")
 
 
 @dataclass(frozen=True)

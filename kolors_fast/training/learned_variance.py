@@ -17,8 +17,8 @@ from kolors_fast.schedulers import DPMSolverMultistepScheduler
 
 from .config import LearnedVarianceStage
 from .monitor import STEPS, judge_prompts
-from .objectives import add_noise, draw_timesteps, first_texts, snr_weights
-from .pool import Bucket, Encode, LatentPool, draw_batch
+from .objectives import add_noise, draw_timesteps, first_texts, snr_weights, with_offset
+from .pool import Bucket, Encode, Pool
 from .streams import Streams
 
 TRAIN_STEPS = 1000
@@ -104,7 +104,7 @@ class LearnedVarianceObjective(ABC):
         module: nn.Module,
         vae: AutoencoderKL,
         encode: Encode,
-        pool: LatentPool,
+        pool: Pool,
         stage: LearnedVarianceStage,
         streams: Streams,
     ) -> None:
@@ -117,15 +117,16 @@ class LearnedVarianceObjective(ABC):
         """Noise and v [B, 2C, h, w], from what `Captions.gather` gives."""
 
     def loss(self, step: int) -> Tensor:
-        stage, drawn = self.stage, draw_batch(self.pool, self.stage, self.streams, step)
+        stage, drawn = self.stage, self.pool.draw(step, self.stage.batch, self.stage.caption_dropout, self.streams)
         timesteps = draw_timesteps(
             stage.batch, TRAIN_STEPS, stage.timestep_power, stage.timestep_falloff, self.streams.torch(step)
         )[drawn.rows]
-        return self._losses(self.module, drawn.latents, drawn.texts, drawn.noise, timesteps).mean()
+        noise = with_offset(drawn.noise, stage.noise_offset, self.streams, step)
+        return self._losses(self.module, drawn.latents, drawn.texts, noise, timesteps).mean()
 
     def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """See `DenoiserObjective`."""
-        latents, texts = bucket.latents[items].float(), first_texts(bucket, items)
+        latents, texts = bucket.mean(items), first_texts(bucket, items)
         return self._losses(module, latents, texts, noise, (TRAIN_STEPS * times).long())
 
     def _losses(self, module: nn.Module, latents: Tensor, texts: Any, noise: Tensor, timesteps: Tensor) -> Tensor:

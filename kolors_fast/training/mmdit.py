@@ -19,7 +19,7 @@ from kolors_fast.schedulers.rectified_flow import interpolate, parse_density, sh
 from .config import DenoiserStage, EpsilonLinearStage, RectifiedFlowStage
 from .monitor import GUIDANCE, judge_prompts
 from .objectives import add_noise, alpha_bar, first_texts
-from .pool import Bucket, LatentPool, draw_batch
+from .pool import Bucket, Pool
 from .streams import Streams
 
 STEPS = 25  # of what is drawn to be judged
@@ -64,7 +64,7 @@ class MMDiTObjective(ABC):
         mmdit: MMDiT,
         vae: AutoencoderKL,
         encoders: SD3TextEncoders,
-        pool: LatentPool,
+        pool: Pool,
         stage: DenoiserStage,
         streams: Streams,
     ) -> None:
@@ -89,7 +89,7 @@ class MMDiTObjective(ABC):
 
     def loss(self, step: int) -> Tensor:
         batch, generator = self.stage.batch, self.streams.torch(step)
-        drawn = draw_batch(self.pool, self.stage, self.streams, step)
+        drawn = self.pool.draw(step, self.stage.batch, self.stage.caption_dropout, self.streams)
         drops = torch.rand(3, batch, generator=generator) < self.stage.encoder_dropout
         parts = without_encoders(drawn.texts, drops[:, drawn.rows])
         timesteps = self.draw_timesteps(batch, generator)[drawn.rows]
@@ -97,7 +97,7 @@ class MMDiTObjective(ABC):
 
     def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """See `DenoiserObjective`."""
-        latents, parts = bucket.latents[items].float(), first_texts(bucket, items)
+        latents, parts = bucket.mean(items), first_texts(bucket, items)
         return self._squares(module, latents, parts, noise, self.timesteps_at(times)).mean((1, 2, 3))
 
     def _squares(
@@ -126,7 +126,7 @@ class RectifiedFlowObjective(MMDiTObjective):
         mmdit: MMDiT,
         vae: AutoencoderKL,
         encoders: SD3TextEncoders,
-        pool: LatentPool,
+        pool: Pool,
         stage: RectifiedFlowStage,
         streams: Streams,
     ) -> None:
@@ -157,7 +157,7 @@ class EpsilonLinearObjective(MMDiTObjective):
         mmdit: MMDiT,
         vae: AutoencoderKL,
         encoders: SD3TextEncoders,
-        pool: LatentPool,
+        pool: Pool,
         stage: EpsilonLinearStage,
         streams: Streams,
     ) -> None:

@@ -24,10 +24,9 @@ from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 from kolors_fast.models.unet import KolorsUNet
 
-from .buckets import Size
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage
 from .monitor import encode, judge_prompts, judge_reconstructions, sample, validation_prompts
-from .pool import Bucket, LatentPool, draw_batch
+from .pool import Bucket, LatentPool, Pool
 from .streams import Streams
 
 Texts = tuple[Tensor, Tensor, Tensor]  # of Kolors' UNet: states, key bias and pooled state
@@ -69,7 +68,7 @@ def validation_loss(
     objective: DenoiserObjective, module: nn.Module, pool: LatentPool, *, batch: int, count: int = 8, seed: int = 0
 ) -> StratifiedLoss:
     """`stratified_loss` of a module over a pool that it was not trained on, at `count` times."""
-    starts = np.cumsum([0, *(len(bucket.latents) for bucket in pool.buckets)])  # items are counted through the buckets
+    starts = np.cumsum([0, *(len(bucket) for bucket in pool.buckets)])  # items are counted through the buckets
 
     def batches() -> Iterator[Tensor]:
         for start, end in pairwise(starts.tolist()):
@@ -78,7 +77,7 @@ def validation_loss(
     def loss_at(items: Tensor, times: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         number = int(np.searchsorted(starts, int(items[0]), side="right")) - 1
         bucket = pool.buckets[number]
-        noise = normal((len(items), *bucket.latents.shape[1:]), generators)
+        noise = normal((len(items), *bucket.shape), generators)
         return objective.loss_at(module, bucket, items - int(starts[number]), times, noise)
 
     return stratified_loss(loss_at, batches(), count=count, seed=seed)
@@ -255,6 +254,9 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class EpsilonObjective:
     """mean w(t) (unet(sqrt(A_t) x + sqrt(1 - A_t) n, t, text) - n)^2 over latents x of the pool (Ho et al. 2020).
 
+    Of a stage whose prediction is "v" the target is v = sqrt(A_t) n - sqrt(1 - A_t) x (Salimans and Ho 2022). Its error
+    is the noise's over sqrt(A_t), and with min-SNR weights the loss of one and the same picture stays the same.
+
     t is drawn by `draw_timesteps`, A_t is the schedule's alpha-bar, w that of `snr_weights`. A share of the captions is
     replaced by the empty one, for classifier-free guidance.
     """
@@ -265,7 +267,7 @@ class EpsilonObjective:
         vae: AutoencoderKL,
         text_encoder: ChatGLM,
         tokenizer: ChatGLMTokenizer,
-        pool: LatentPool,
+        pool: Pool,
         stage: EpsilonStage,
         streams: Streams,
     ) -> None:
@@ -274,32 +276,32 @@ class EpsilonObjective:
         self.alpha_bar = alpha_bar(stage.train_steps, stage.beta_end)  # [T]
 
     def loss(self, step: int) -> Tensor:
-        stage, drawn = self.stage, draw_batch(self.pool, self.stage, self.streams, step)
+        stage, drawn = self.stage, self.pool.draw(step, self.stage.batch, self.stage.caption_dropout, self.streams)
         timesteps = draw_timesteps(
             stage.batch, len(self.alpha_bar), stage.timestep_power, stage.timestep_falloff, self.streams.torch(step)
         )[drawn.rows]
-        return self._losses(self.module, drawn.latents, drawn.texts, drawn.size, drawn.noise, timesteps).mean()
+        noise = with_offset(drawn.noise, stage.noise_offset, self.streams, step)
+        return self._losses(self.module, drawn.latents, drawn.texts, drawn.time_ids, noise, timesteps).mean()
 
     def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """See `DenoiserObjective`."""
-        latents, texts = bucket.latents[items].float(), first_texts(bucket, items)
-        return self._losses(module, latents, texts, bucket.size, noise, (len(self.alpha_bar) * times).long())
+        latents, texts, timesteps = bucket.mean(items), first_texts(bucket, items), len(self.alpha_bar) * times
+        return self._losses(module, latents, texts, bucket.time_ids(items), noise, timesteps.long())
 
     def _losses(
-        self, module: nn.Module, latents: Tensor, texts: Texts, size: Size, noise: Tensor, timesteps: Tensor
+        self, module: nn.Module, latents: Tensor, texts: Texts, time_ids: Tensor, noise: Tensor, timesteps: Tensor
     ) -> Tensor:
-        signal = self.alpha_bar[timesteps]
-        predicted = self.predict(module, add_noise(latents, noise, signal), timesteps, texts, *size)
-        error = (predicted.float() - noise).square().mean((1, 2, 3))  # [B]
-        return error * snr_weights(signal, self.stage.snr_gamma)
+        signal, velocity = self.alpha_bar[timesteps], self.stage.prediction == "v"
+        predicted = self.predict(module, add_noise(latents, noise, signal), timesteps, texts, time_ids).float()
+        target = add_noise(noise, -latents, signal) if velocity else noise
+        error = (predicted - target).square().mean((1, 2, 3))  # [B]
+        weights = snr_weights(signal, self.stage.snr_gamma)
+        return error * (weights * signal if velocity and self.stage.snr_gamma else weights)
 
-    def predict(
-        self, module: nn.Module, noisy: Tensor, timesteps: Tensor, texts: Texts, height: int, width: int
-    ) -> Tensor:
-        """The UNet's prediction for latents of whole pictures of height x width pixels."""
+    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, texts: Texts, time_ids: Tensor) -> Tensor:
+        """The UNet's prediction; time_ids [B, 6] are those of `FeatureBatch`."""
         embeds, key_bias, pooled = texts
-        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-        added = {"text_embeds": pooled, "time_ids": sizes.expand(len(noisy), -1)}
+        added = {"text_embeds": pooled, "time_ids": time_ids}
         output: Tensor = module(
             noisy, timesteps, embeds, added_cond_kwargs=added, encoder_key_bias=key_bias, return_dict=False
         )[0]
@@ -317,6 +319,14 @@ class EpsilonObjective:
             beta_end=self.stage.beta_end,
         )
         return judge_prompts(draw, self.vae, folder / f"{step:06d}.png")
+
+
+def with_offset(noise: Tensor, offset: float, streams: Streams, step: int) -> Tensor:
+    """noise + offset * one normal number for each picture and channel: what lets a model change mean colours
+    (Guttenberg, "Diffusion with offset noise", 2023)."""
+    if offset == 0:
+        return noise
+    return noise + offset * streams.noise(step, len(noise) * streams.size, (noise.shape[1], 1, 1), 2)
 
 
 def draw_timesteps(count: int, train_steps: int, power: float, falloff: float, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,7 @@ Latents are those of the autoencoder; captions are encoded by the system's own t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from kolors_fast.data.buckets import Size, epoch_batches, make_buckets, nearest_bucket
+from kolors_fast.data.features import Draws, FeatureBatch
 from kolors_fast.data.shapes import Scene, caption, render, sample_training
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 
-from .buckets import Size, epoch_batches, make_buckets, nearest_bucket
-from .config import DenoiserStage, NoiseStage, PoolStage
+from .config import PoolStage
 from .streams import Streams
 
 _ENCODED_PIXELS = 16 * 256 * 256  # at a time
@@ -47,6 +48,23 @@ class Bucket:
     latents: Tensor  # [N, C, h, w] fp16, scaled to about unit variance
     captions: Captions  # each item's in turn, and at the end the empty one
 
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """C, h, w of its latents."""
+        return self.latents.shape[1:]
+
+    def mean(self, items: Tensor) -> Tensor:
+        """Latents of scenes `items` [B]: fp32 [B, C, h, w]."""
+        return self.latents[items].float()
+
+    def time_ids(self, items: Tensor) -> Tensor:
+        """Of whole pictures: height, width, 0, 0, height, width, fp32 [B, 6]."""
+        height, width = self.size
+        return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(len(items), -1)
+
     def texts(self, items: Tensor, choice: Tensor, dropped: Tensor) -> Any:
         """What the denoiser reads of one caption of each item [B]; of the empty one where it is dropped."""
         empty = len(self.captions) - 1
@@ -54,12 +72,24 @@ class Bucket:
         return self.captions.gather(torch.where(dropped, empty, items * per_item + choice))
 
 
+class Pool(Protocol):
+    """What a denoiser is trained on: a `LatentPool` of rendered scenes, or a `FeatureDataset` of real pictures."""
+
+    @property
+    def buckets(self) -> Sequence[Any]:
+        """Of one picture size each."""
+
+    def draw(self, step: int, size: int, dropout: float, draws: Draws) -> FeatureBatch:
+        """See `FeatureDataset.draw`."""
+
+
 class LatentPool:
     """Buckets of latents with captions, and the order in which they are visited."""
 
     def __init__(self, buckets: list[Bucket], streams: Streams) -> None:
         self.buckets, self.streams = buckets, streams
-        self._epoch: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
+        self._epoch = -1
+        self._batches = np.empty(0), np.empty(0)  # of that epoch: bucket [T], items [T, size]
 
     def batch(self, step: int, size: int) -> tuple[Bucket, Tensor]:
         """The bucket and the items [size] of a step; every epoch is a new shuffle."""
@@ -68,33 +98,21 @@ class LatentPool:
         if per_epoch == 0:
             raise ValueError(f"scenes: expected enough for one batch of {size} in a bucket, got fewer")
         number, place = divmod(step, per_epoch)
-        if self._epoch[0] != number:
-            rng = self.streams.numpy(_EPOCH_STREAM + number)
-            self._epoch = (number, list(epoch_batches(members, size, rng)))
-        bucket, items = self._epoch[1][place]
-        return self.buckets[bucket], torch.from_numpy(items)
+        if self._epoch != number:
+            self._batches = epoch_batches(members, size, self.streams.numpy(_EPOCH_STREAM + number))
+            self._epoch = number
+        buckets, items = self._batches
+        return self.buckets[buckets[place]], torch.from_numpy(items[place])
 
-
-@dataclass(frozen=True)
-class Batch:
-    """This process's rows of a step's batch."""
-
-    latents: Tensor  # [b, C, h, w] fp32
-    noise: Tensor  # [b, C, h, w]
-    texts: Any  # of the captions chosen, as the system's denoiser reads them
-    size: Size
-    rows: slice  # of the whole batch
-
-
-def draw_batch(pool: LatentPool, stage: NoiseStage | DenoiserStage, streams: Streams, step: int) -> Batch:
-    """Latents of the step's items with one caption of each, a share of which is the empty one, and noise."""
-    rng, (bucket, items) = streams.numpy(step), pool.batch(step, stage.batch)
-    choice = torch.from_numpy(rng.integers(stage.captions, size=len(items)))
-    dropped = torch.from_numpy(rng.random(len(items)) < stage.caption_dropout)
-    rows = streams.share(len(items))
-    latents = bucket.latents[items[rows]].float()
-    noise = streams.noise(step, len(items), latents.shape[1:])
-    return Batch(latents, noise, bucket.texts(items[rows], choice[rows], dropped[rows]), bucket.size, rows)
+    def draw(self, step: int, size: int, dropout: float, draws: Draws) -> FeatureBatch:
+        """As `FeatureDataset.draw`, of whole pictures."""
+        rng, (bucket, items) = draws.numpy(step), self.batch(step, size)
+        choice = torch.from_numpy(rng.integers((len(bucket.captions) - 1) // len(bucket.latents), size=size))
+        dropped = torch.from_numpy(rng.random(size) < dropout)
+        rows = draws.share(size)
+        mine, noise = items[rows], draws.noise(step, size, bucket.shape)
+        texts = bucket.texts(mine, choice[rows], dropped[rows])
+        return FeatureBatch(bucket.size, bucket.mean(mine), noise, texts, bucket.time_ids(mine), rows)
 
 
 def build_pool(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kolors_fast.assets import BUNDLED, bundled
+from kolors_fast.data.features import FeatureDataset
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.checkpoint import PretrainedModel, write_file
 from kolors_fast.models.lora_adapter import save_lora
@@ -19,7 +20,7 @@ from .config import PoolStage, Recipe, RecipeError, Stage
 from .lora import add_lora
 from .objectives import Objective
 from .parallel import World
-from .pool import Captions, Encode, LatentPool, build_pool
+from .pool import Captions, Encode, Pool, build_pool
 from .streams import Streams
 from .trainer import Trainer, computing_in
 
@@ -87,8 +88,11 @@ class Session(ABC):
     def _trained(self, name: str) -> bool:
         return (self.folder / name / "config.json").exists()
 
-    def _pool(self, stage: PoolStage, folder: Path, encode: Encode, kind: type[Captions]) -> LatentPool:
-        """The scenes, encoded by the autoencoder and the system's text encoders; the main process makes their file."""
+    def _pool(self, stage: PoolStage, folder: Path, encode: Encode, kind: type[Captions]) -> Pool:
+        """The stage's features; or its scenes, encoded by the autoencoder and the system's text encoders, in a file
+        that the main process makes."""
+        if stage.features:
+            return FeatureDataset(stage.features, kind, synthetic=stage.synthetic, seed=self.recipe.seed)
         vae, cache = self._frozen(AutoencoderKL, "vae"), folder / "pool.safetensors"
         if not self.world.is_main:
             self.world.wait()

@@ -34,11 +34,11 @@ class Streams:
     def key(self, step: int) -> list[int]:
         return [self.seed, zlib.crc32(self.stage.encode()), 0, step]
 
-    def noise(self, step: int, count: int, shape: Sequence[int]) -> Tensor:
+    def noise(self, step: int, count: int, shape: Sequence[int], number: int = 0) -> Tensor:
         """Standard normal numbers [rows, *shape] for this process's rows of `count`, each row from a stream of its own:
-        nobody draws what others train on."""
+        nobody draws what others train on. `number` tells one draw of a step from another."""
         rows = range(count)[self.share(count)]
-        words = (np.random.SeedSequence([*self.key(step), row]).generate_state(1, np.uint64)[0] for row in rows)
+        words = (np.random.SeedSequence([*self.key(step), row, number]).generate_state(1, np.uint64)[0] for row in rows)
         return torch.stack([torch.randn(*shape, generator=_generator(word)) for word in words])
 
     def choice(self, step: int) -> np.random.Generator:
