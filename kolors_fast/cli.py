@@ -364,6 +364,8 @@ def _measure_folder(options: argparse.Namespace) -> None:
     """Measure the pictures of a folder, under torchrun together with the other workers."""
     import json
 
+    import torch.distributed as dist
+
     from .evaluation.pictures import picture_files, read
     from .pipelines.prompts_file import Worker
     from .training.parallel import World
@@ -372,11 +374,13 @@ def _measure_folder(options: argparse.Namespace) -> None:
         raise ValueError("--pictures: expected --features or --clip with it, got neither")
     files, worker = picture_files(options.pictures), Worker.from_environment()
     options.device = worker.device(options.device)
-    World.join()
+    world = World.join()
     measures = _measures(options, share=worker.share)
     measures.update(read(worker.share(files)))
     measures.all_reduce()
-    if worker.rank == 0:
+    if world.size > 1:
+        dist.destroy_process_group()  # whose threads may abort a process that ends with them
+    if world.is_main:
         figures = _tell(measures, options)
         if options.output is not None:
             _write(options.output, json.dumps({"measures": figures}, indent=1) + "\n")

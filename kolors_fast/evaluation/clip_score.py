@@ -37,7 +37,7 @@ class ClipFolder:
 
         # of the two in transformers 5, that by Pillow, so that a score does not depend on torchvision being there
         kind: Any = transformers.CLIPModel
-        processor: Any = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+        processor: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
         if not (folder / "config.json").is_file():
             raise ValueError(f"--clip: expected a folder with a CLIPModel, got {str(folder)!r}, without config.json")
         try:
@@ -67,7 +67,7 @@ class ClipFolder:
         inputs = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.device)
-        return _tensor(self.model.get_text_features(inputs["input_ids"], attention_mask=inputs["attention_mask"]))
+        return _tensor(self.model.get_text_features(**inputs))
 
 
 def _tensor(output: Any) -> Tensor:

@@ -162,6 +162,8 @@ loss = stratified_loss(loss_at, torch.arange(11)[rank::size].split(2), count=3, 
 if rank == 0:
     print(json.dumps([moments.mean.tolist(), moments.covariance.tolist(), *bins.read().values(), *loss.losses,
                       *loss.errors, loss.total, loss.total_error, moments.count, loss.items]))
+if size > 1:
+    dist.destroy_process_group()
 """
 
 

@@ -118,6 +118,20 @@ def test_validation_is_the_mean_over_all_buckets(name):
     assert min(rest) > 0 and first.items == 6
 
 
+def test_every_item_of_every_bucket_is_seen_once_a_time():
+    _, pool, module = made("flow")
+    seen = []
+
+    def loss_at(given, bucket, items, times, noise):
+        assert given is module and noise.shape == (len(items), *bucket.latents.shape[1:])
+        seen.extend((bucket.size, item, time) for item, time in zip(items.tolist(), times.tolist(), strict=True))
+        return times
+
+    validation_loss(SimpleNamespace(loss_at=loss_at), module, pool, batch=4, count=2)
+    every = {(b.size, item, t) for b in pool.buckets for item in range(len(b.latents)) for t in (0.25, 0.75)}
+    assert len(seen) == 20 and set(seen) == every
+
+
 def test_captions_are_the_first_ones_of_the_items():
     one, pool, _ = made("flow")
     seen = []
