@@ -364,8 +364,6 @@ def _measure_folder(options: argparse.Namespace) -> None:
     """Measure the pictures of a folder, under torchrun together with the other workers."""
     import json
 
-    import torch.distributed as dist
-
     from .evaluation.pictures import picture_files, read
     from .pipelines.prompts_file import Worker
     from .training.parallel import World
@@ -378,8 +376,7 @@ def _measure_folder(options: argparse.Namespace) -> None:
     measures = _measures(options, share=worker.share)
     measures.update(read(worker.share(files)))
     measures.all_reduce()
-    if world.size > 1:
-        dist.destroy_process_group()  # whose threads may abort a process that ends with them
+    world.leave()
     if world.is_main:
         figures = _tell(measures, options)
         if options.output is not None:

@@ -17,7 +17,7 @@ from kolors_fast.schedulers import DPMSolverMultistepScheduler
 
 from .config import LearnedVarianceStage
 from .monitor import STEPS, judge_prompts
-from .objectives import add_noise, draw_timesteps, first_texts, snr_weights, with_offset
+from .objectives import add_noise, bins_up_to, draw_timesteps, first_texts, snr_weights, with_offset
 from .pool import Bucket, Encode, Pool
 from .streams import Streams
 
@@ -110,7 +110,7 @@ class LearnedVarianceObjective(ABC):
     ) -> None:
         self.module, self.vae, self.encode = module, vae, encode
         self.pool, self.stage, self.streams = pool, stage, streams
-        self.process = DiffusionProcess()
+        self.process, self.bins = DiffusionProcess(), bins_up_to(TRAIN_STEPS)
 
     @abstractmethod
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, texts: Any) -> Tensor:
@@ -122,7 +122,9 @@ class LearnedVarianceObjective(ABC):
             stage.batch, TRAIN_STEPS, stage.timestep_power, stage.timestep_falloff, self.streams.torch(step)
         )[drawn.rows]
         noise = with_offset(drawn.noise, stage.noise_offset, self.streams, step)
-        return self._losses(self.module, drawn.latents, drawn.texts, noise, timesteps).mean()
+        losses = self._losses(self.module, drawn.latents, drawn.texts, noise, timesteps)
+        self.bins.update(timesteps, losses)
+        return losses.mean()
 
     def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """See `DenoiserObjective`."""

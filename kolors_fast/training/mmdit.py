@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kolors_fast.evaluation.statistics import TimestepBins
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.mmdit import MMDiT
 from kolors_fast.pipelines.sd3_text import SD3TextEncoders, SD3TextParts, read_sd3_parts, without_encoders
@@ -18,7 +19,7 @@ from kolors_fast.schedulers.rectified_flow import interpolate, parse_density, sh
 
 from .config import DenoiserStage, EpsilonLinearStage, RectifiedFlowStage
 from .monitor import GUIDANCE, judge_prompts
-from .objectives import add_noise, alpha_bar, first_texts
+from .objectives import add_noise, alpha_bar, bins_up_to, first_texts
 from .pool import Bucket, Pool
 from .streams import Streams
 
@@ -71,6 +72,8 @@ class MMDiTObjective(ABC):
         self.module, self.vae, self.encoders = mmdit, vae, encoders
         self.pool, self.stage, self.streams = pool, stage, streams
 
+    bins: TimestepBins
+
     @abstractmethod
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Timesteps [count] to train at."""
@@ -93,7 +96,9 @@ class MMDiTObjective(ABC):
         drops = torch.rand(3, batch, generator=generator) < self.stage.encoder_dropout
         parts = without_encoders(drawn.texts, drops[:, drawn.rows])
         timesteps = self.draw_timesteps(batch, generator)[drawn.rows]
-        return self._squares(self.module, drawn.latents, parts, drawn.noise, timesteps).mean()
+        squares = self._squares(self.module, drawn.latents, parts, drawn.noise, timesteps)
+        self.bins.update(timesteps, squares.mean((1, 2, 3)))
+        return squares.mean()
 
     def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """See `DenoiserObjective`."""
@@ -131,7 +136,7 @@ class RectifiedFlowObjective(MMDiTObjective):
         streams: Streams,
     ) -> None:
         super().__init__(mmdit, vae, encoders, pool, stage, streams)
-        self.density, self.shift = parse_density(stage.density), stage.shift
+        self.density, self.shift, self.bins = parse_density(stage.density), stage.shift, bins_up_to(1)
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         return shift_timestep(self.density.sample((count,), generator), self.shift)
@@ -162,7 +167,7 @@ class EpsilonLinearObjective(MMDiTObjective):
         streams: Streams,
     ) -> None:
         super().__init__(mmdit, vae, encoders, pool, stage, streams)
-        self.alpha_bar = alpha_bar(TRAIN_STEPS, beta_end=0.012)
+        self.alpha_bar, self.bins = alpha_bar(TRAIN_STEPS, beta_end=0.012), bins_up_to(TRAIN_STEPS)
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(TRAIN_STEPS, (count,), generator=generator)

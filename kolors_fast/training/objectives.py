@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kolors_fast.data.shapes import caption, render, sample_training
 from kolors_fast.data.shapes.scene import REQUEST_PARTS, Request, request_parts
 from kolors_fast.data.shapes.split import CATEGORIES
+from kolors_fast.evaluation.statistics import TimestepBins
 from kolors_fast.evaluation.validation_loss import StratifiedLoss, normal, stratified_loss
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM
@@ -35,7 +36,10 @@ _VALIDATION = 2**31 - 1  # a batch that no step trains on
 
 
 class Objective(Protocol):
-    """A loss that depends on nothing but the weights and the step's number."""
+    """A loss that depends on nothing but the weights and the step's number.
+
+    Of a denoiser, `bins` gathers losses by timestep, to be logged.
+    """
 
     @property
     def module(self) -> nn.Module:
@@ -274,6 +278,7 @@ class EpsilonObjective:
         self.module, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.pool, self.stage, self.streams = pool, stage, streams
         self.alpha_bar = alpha_bar(stage.train_steps, stage.beta_end)  # [T]
+        self.bins = bins_up_to(stage.train_steps)
 
     def loss(self, step: int) -> Tensor:
         stage, drawn = self.stage, self.pool.draw(step, self.stage.batch, self.stage.caption_dropout, self.streams)
@@ -281,7 +286,9 @@ class EpsilonObjective:
             stage.batch, len(self.alpha_bar), stage.timestep_power, stage.timestep_falloff, self.streams.torch(step)
         )[drawn.rows]
         noise = with_offset(drawn.noise, stage.noise_offset, self.streams, step)
-        return self._losses(self.module, drawn.latents, drawn.texts, drawn.time_ids, noise, timesteps).mean()
+        losses = self._losses(self.module, drawn.latents, drawn.texts, drawn.time_ids, noise, timesteps)
+        self.bins.update(timesteps, losses)
+        return losses.mean()
 
     def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """See `DenoiserObjective`."""
@@ -319,6 +326,11 @@ class EpsilonObjective:
             beta_end=self.stage.beta_end,
         )
         return judge_prompts(draw, self.vae, folder / f"{step:06d}.png")
+
+
+def bins_up_to(last: float) -> TimestepBins:
+    """Eight bins of timesteps, for the losses that are logged."""
+    return TimestepBins([last * i / 8 for i in range(9)])
 
 
 def with_offset(noise: Tensor, offset: float, streams: Streams, step: int) -> Tensor:

@@ -35,6 +35,7 @@ class World:
     """This process among those that train together: a batch is split among them, gradients are averaged.
 
     Attributes:
+        device: of the weights; recipes train on CPUs.
         engine: "ddp": each holds all weights. "fsdp": weights, gradients and moments are sharded over all processes.
             "hybrid": over those of a machine, and the machines hold copies.
     """
@@ -53,15 +54,16 @@ class World:
         """
         if engine not in ENGINES:
             raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got '{engine}'")
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls(device=device)
+            return cls()
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), engine, device)
+            dist.init_process_group("gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), engine)
+
+    def leave(self) -> None:
+        """After the last message: the group's threads may abort a process that ends with them."""
+        if self.size > 1:
+            dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:

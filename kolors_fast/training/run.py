@@ -56,10 +56,12 @@ def run(
         raise ValueError(f"stages: expected some of {[s.name for s in plan.stages]}, got '{unknown[0]}'")
     if threads is not None:
         torch.set_num_threads(threads)
-    session = SESSIONS[type(plan)](plan, Path(output), World.join(engine), accept_changes)
+    world = World.join(engine)
+    session = SESSIONS[type(plan)](plan, Path(output), world, accept_changes)
     for stage in plan.stages:
         if stages is None or stage.name in stages:
             session.train(stage)
+    world.leave()
     return session.folder
 
 

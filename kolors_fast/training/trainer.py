@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
+from kolors_fast.evaluation.statistics import TimestepBins
+
 from . import checkpoints
 from .checkpoint import TrainingStateError
 from .config import Stage
@@ -26,6 +28,7 @@ from .gradient_scaling import BlockGradientScaler
 from .log import Log
 from .objectives import Objective
 from .parallel import World, gather_into
+from .report import write_report
 from .update import clipped_step
 
 REPORT_EVERY = 100
@@ -109,6 +112,7 @@ class Trainer:
                     raise Stopped(f"step {self.step} of '{self.stage.name}' is in {where}; the same command continues")
         if self.log is not None:
             self.log.close()
+            tqdm.write(f"{self.stage.name}: {write_report(self.folder)}")
         return self._average()
 
     def train_step(self) -> Tensor:
@@ -224,6 +228,10 @@ class Trainer:
         rate = self.stage.batch / seconds
         bar.set_postfix(loss=f"{loss:.4f}", images=f"{rate:.3g}/s")
         figures = {"loss": loss, "learning rate": self.learning_rate(), "seconds per step": seconds}
+        bins: TimestepBins | None = getattr(self.objective, "bins", None)
+        if bins is not None:
+            bins.all_reduce()
+            figures |= bins.read()
         self._log({**figures, "images per second": rate, "skipped updates": skipped})
 
     def _average(self) -> nn.Module:

@@ -1,7 +1,6 @@
 """The MM-DiT's objectives against formulas: models that know the answer, a linear one's expected loss, what is told."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from kolors_fast.training.config import EpsilonLinearStage, RectifiedFlowStage
 from kolors_fast.training.initial import draw_mmdit
 from kolors_fast.training.mmdit import EpsilonLinearObjective, RectifiedFlowObjective, SD3Captions
 from kolors_fast.training.objectives import alpha_bar
-from kolors_fast.training.pool import Bucket
+from kolors_fast.training.pool import Bucket, LatentPool
 from kolors_fast.training.streams import Streams
 
 LATENT = 1.5  # all of them
@@ -42,13 +41,20 @@ def captions(count):
     return SD3Captions(*(value.view(-1, *[1] * len(s)).expand(-1, *s).half() for s in shapes))
 
 
+class InOrder(LatentPool):
+    """Draws the first items."""
+
+    def batch(self, step, size):
+        return self.buckets[0], torch.arange(size)
+
+
 def objective(name, answer, batch=64, **settings):
     kind, made = KINDS[name]
     stage = kind(name="stage", objective=name, batch=batch, **COMMON, **settings)
     latents = torch.full((batch, 4, 8, 8), LATENT, dtype=torch.float16)
     bucket = Bucket((64, 64), latents, captions(2 * batch + 1))
-    pool = SimpleNamespace(batch=lambda step, size: (bucket, torch.arange(size)))
-    return made(Recorded(answer), None, None, pool, stage, Streams(0, "stage"))
+    streams = Streams(0, "stage")
+    return made(Recorded(answer), None, None, InOrder([bucket], streams), stage, streams)
 
 
 def test_who_knows_the_velocity_has_no_loss():

@@ -65,7 +65,7 @@ def made(name, items=6):
     stage = stages.get(name, EpsilonLinearStage)(name="stage", objective=name, **COMMON)
     if name == "epsilon":
         one = EpsilonObjective(module, None, None, None, pool, stage, streams)
-        one.predict = lambda module, noisy, timesteps, texts, height, width: module(noisy, timesteps)[0]
+        one.predict = lambda module, noisy, timesteps, texts, time_ids: module(noisy, timesteps)[0]
     elif name == "learned":
         one = Plain(module, None, None, pool, stage, streams)
     else:
