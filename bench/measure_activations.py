@@ -14,6 +14,7 @@ one key with a bias, and PixArt's behind a mask, as diffusers' are.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -70,7 +71,9 @@ class _Alive(_Peak):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.weights:
             cast = func(*args, **(kwargs or {}))  # by autocast
-            self.live[cast.untyped_storage()._cdata] = 0
+            storage = cast.untyped_storage()
+            self.live[storage._cdata] = 0
+            weakref.finalize(storage, self._freed, storage._cdata)
             return cast
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -115,9 +118,14 @@ def transformer_block(dtype: torch.dtype) -> dict[str, Provider]:
     x, states, short = (tensor.to(dtype).requires_grad_() for tensor in (x, states, found[0]))
     bias = balanced(found[1], dtype)
     cond = Conditioning(Prompt(short, bias, x, ()), {})
+
+    def ours() -> list[Tensor]:
+        y, left = block(x, None, cond)
+        return [y if left is None else y + left]
+
     return {
         "diffusers": Provider(rival, lambda: [rival(x, encoder_hidden_states=states)], [x, states]),
-        "kolors_fast": Provider(block, lambda: [torch.add(*block(x, None, cond))], [x, short, bias]),
+        "kolors_fast": Provider(block, ours, [x, short, bias]),
     }
 
 
@@ -179,8 +187,8 @@ def pixart_block(dtype: torch.dtype) -> dict[str, Provider]:
 
     def ours() -> list[Tensor]:
         modulations = {block: (shared + block.scale_shift_table.flatten()).to(dtype)}
-        y, (left, gate) = block(x, None, Conditioning(prompt, modulations))
-        return [torch.addcmul(y, gate[:, None], left)]
+        y, left = block(x, None, Conditioning(prompt, modulations))
+        return [y if left is None else torch.addcmul(y, left[1][:, None], left[0])]
 
     def theirs() -> list[Tensor]:
         return [rival(x, encoder_hidden_states=text, timestep=shared, encoder_attention_mask=bias)]
