@@ -244,10 +244,8 @@ CASES: dict[str, Callable[[torch.dtype], dict[str, Provider]]] = {
 MODES = (None, "selective", "full")
 
 
-def line_up(case: str, dtype: torch.dtype) -> dict[str, Kept]:
+def line_up(providers: dict[str, Provider], dtype: torch.dtype) -> dict[str, Kept]:
     """Of diffusers, and of ours in every mode."""
-    torch.manual_seed(0)
-    providers = CASES[case](dtype)
     found = {"diffusers": measure(providers["diffusers"], dtype)}
     ours = providers["kolors_fast"]
     for mode in MODES:
@@ -262,7 +260,7 @@ def main() -> None:
     for dtype in DTYPES:
         print("float32" if dtype == torch.float32 else f"autocast to {dtype}")
         for case in CASES:
-            found = line_up(case, dtype)
+            found = line_up(CASES[case](dtype), dtype)
             theirs = found["diffusers"]
             print(f"  {case}")
             for name, (kept, peak) in found.items():
