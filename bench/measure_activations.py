@@ -18,33 +18,36 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+import bench_transformers
+import diffusers
 import torch
 import torch.nn.functional as F
-from bench_models import REAL_TOKENS, SMALL_UNET
+from bench_models import KOLORS_UNET, REAL_TOKENS, SMALL_UNET
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
-from kolors_fast import KolorsUNet
+from kolors_fast import KolorsUNet, MMDiT
 from kolors_fast.models import pixart_blocks
 from kolors_fast.models.activations import _Peak
 from kolors_fast.models.conditioning import Conditioning
-from kolors_fast.models.layers import ResnetBlock, use_channels_last
-from kolors_fast.models.mmdit_blocks import JointBlock, Stream
+from kolors_fast.models.layers import ResnetBlock
+from kolors_fast.models.mmdit_blocks import HeadNorm, JointBlock, Stream
 from kolors_fast.models.pixart_conditioning import Prompt as PixArtPrompt
 from kolors_fast.models.pixart_conditioning import masked
 from kolors_fast.models.unet_blocks import TransformerBlock
-from kolors_fast.models.unet_conditioning import Prompt, balanced, collapse_pads
+from kolors_fast.models.unet_conditioning import Prompt
 from kolors_fast.training.activation_checkpointing import checkpoint_activations
 
 BATCH, TOKENS, SIDE = 2, 256, 16  # SIDE * SIDE = TOKENS
 KOLORS, KOLORS_HEADS, KOLORS_TEXT = 320, 5, 2048
 DIT, DIT_HEADS = 384, 6
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -110,13 +113,12 @@ def transformer_block(dtype: torch.dtype) -> dict[str, Provider]:
     rival = BasicTransformerBlock(
         KOLORS, KOLORS_HEADS, KOLORS // KOLORS_HEADS, cross_attention_dim=KOLORS_TEXT, activation_fn="geglu"
     )
-    block = _like(rival, TransformerBlock(KOLORS, KOLORS_HEADS, KOLORS_TEXT))
-    x, states = _normal(BATCH, TOKENS, KOLORS).to(dtype), _normal(BATCH, 256, KOLORS_TEXT)
-    states[:, : 256 - REAL_TOKENS] = states[:, :1]
-    found = collapse_pads(states)
-    assert found is not None
-    x, states, short = (tensor.to(dtype).requires_grad_() for tensor in (x, states, found[0]))
-    bias = balanced(found[1], dtype)
+    block = TransformerBlock(KOLORS, KOLORS_HEADS, KOLORS_TEXT)
+    x, states, short = (
+        torch.randn(BATCH, *shape, dtype=dtype, requires_grad=True)
+        for shape in ((TOKENS, KOLORS), (256, KOLORS_TEXT), (REAL_TOKENS + 1, KOLORS_TEXT))
+    )
+    bias = torch.zeros(BATCH, REAL_TOKENS + 1)
     cond = Conditioning(Prompt(short, bias, x, ()), {})
 
     def ours() -> list[Tensor]:
@@ -132,14 +134,13 @@ def transformer_block(dtype: torch.dtype) -> dict[str, Provider]:
 def resnet_block(channels: int, skip_channels: int, out: int, dtype: torch.dtype) -> dict[str, Provider]:
     time_dim = 4 * KOLORS
     rival = ResnetBlock2D(in_channels=channels + skip_channels, out_channels=out, temb_channels=time_dim, eps=1e-5)
-    block = _like(rival, ResnetBlock(channels + skip_channels, out, time_dim=time_dim, num_groups=32, eps=1e-5))
-    use_channels_last(block)
+    block = ResnetBlock(channels + skip_channels, out, time_dim=time_dim, num_groups=32, eps=1e-5)
     x, *skips = (
-        _normal(BATCH, width, SIDE, SIDE).to(dtype, memory_format=torch.channels_last).requires_grad_()
+        torch.randn(BATCH, width, SIDE, SIDE, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
         for width in (channels, skip_channels)
         if width
     )
-    time = _normal(BATCH, time_dim).to(dtype).requires_grad_()
+    time = torch.randn(BATCH, time_dim, dtype=dtype, requires_grad=True)
 
     def ours() -> list[Tensor]:
         return [block(x, block.projection(F.silu(time)), *skips)]
@@ -154,10 +155,10 @@ def joint_block(dtype: torch.dtype, qk_norm: str | None = None) -> dict[str, Pro
     rival = JointTransformerBlock(DIT, DIT_HEADS, DIT // DIT_HEADS, qk_norm=qk_norm)
     block = JointBlock(DIT, DIT_HEADS, dual=False, last=False)
     if qk_norm is not None:
-        block.attn.add_norms()
-    _like(rival, block)
+        for name in block.attn.norms:
+            block.attn.add_module(name, HeadNorm(DIT // DIT_HEADS))
     x, text, vector = (
-        _normal(*shape).to(dtype).requires_grad_() for shape in ((BATCH, TOKENS, DIT), (BATCH, 154, DIT), (BATCH, DIT))
+        torch.randn(BATCH, *shape, dtype=dtype, requires_grad=True) for shape in ((TOKENS, DIT), (154, DIT), (DIT,))
     )
 
     def ours() -> list[Tensor]:
@@ -176,10 +177,9 @@ def pixart_block(dtype: torch.dtype) -> dict[str, Provider]:
         DIT, DIT_HEADS, DIT // DIT_HEADS, cross_attention_dim=DIT, activation_fn="gelu-approximate",
         attention_bias=True, norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
     )  # fmt: skip
-    block = _like(rival, pixart_blocks.TransformerBlock(DIT, DIT_HEADS, DIT))
+    block = pixart_blocks.TransformerBlock(DIT, DIT_HEADS, DIT)
     x, text, shared = (
-        _normal(*shape).to(dtype).requires_grad_()
-        for shape in ((BATCH, TOKENS, DIT), (BATCH, 120, DIT), (BATCH, 6 * DIT))
+        torch.randn(BATCH, *shape, dtype=dtype, requires_grad=True) for shape in ((TOKENS, DIT), (120, DIT), (6 * DIT,))
     )
     mask = (torch.arange(120) < torch.tensor([[1], [REAL_TOKENS]])).long()
     captions, bias = masked(text, mask), (1 - mask[:, None].to(dtype)) * -10000.0
@@ -200,16 +200,12 @@ def pixart_block(dtype: torch.dtype) -> dict[str, Provider]:
     }
 
 
-def unet(dtype: torch.dtype, config: dict[str, Any] = SMALL_UNET, side: int = 32) -> dict[str, Provider]:
-    rival = UNet2DConditionModel(**config).train()
-    model = _like(rival, KolorsUNet(**config)).train()
+def unet(_dtype: torch.dtype, config: dict[str, Any] = SMALL_UNET, side: int = 32) -> dict[str, Provider]:
+    rival, model = UNet2DConditionModel(**config).train(), KolorsUNet(**config).train()
     width = config["encoder_hid_dim"]
-    sample, states, pooled = _normal(BATCH, 4, side, side), _normal(BATCH, 256, width), _normal(BATCH, width)
-    states[:, : 256 - REAL_TOKENS] = states[:, :1]
-    found = collapse_pads(states)
-    assert found is not None
-    (short, bias), sizes = found, torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]] * BATCH)
-    timestep, added = torch.tensor([300, 600]), {"text_embeds": pooled, "time_ids": sizes}
+    sample, states, pooled = (torch.randn(BATCH, *shape) for shape in ((4, side, side), (256, width), (width,)))
+    short, bias = states[:, : REAL_TOKENS + 1].clone(), torch.zeros(BATCH, REAL_TOKENS + 1)
+    timestep, added = torch.full((BATCH,), 600), {"text_embeds": pooled, "time_ids": torch.full((BATCH, 6), 8.0 * side)}
 
     def theirs() -> list[Tensor]:
         return list(rival(sample, timestep, states, added_cond_kwargs=added, return_dict=False))
@@ -217,29 +213,47 @@ def unet(dtype: torch.dtype, config: dict[str, Any] = SMALL_UNET, side: int = 32
     def ours() -> list[Tensor]:
         return list(model(sample, timestep, short, added_cond_kwargs=added, return_dict=False, encoder_key_bias=bias))
 
+    inputs = [sample, timestep, short, states, bias, *added.values()]
+    return {"diffusers": Provider(rival, theirs, inputs), "kolors_fast": Provider(model, ours, inputs)}
+
+
+def transformer(name: str, _dtype: torch.dtype) -> dict[str, Provider]:
+    case = bench_transformers.CASES[name]
+    rival = getattr(diffusers, case.kind.diffusers_name)(**case.config).train()
+    model = case.kind(**case.config).train()
+    width = model.config.joint_attention_dim if case.kind is MMDiT else model.config.caption_channels
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(BATCH, model.config.in_channels, case.side, case.side),
+        "encoder_hidden_states": torch.randn(BATCH, case.text, width),
+        "timestep": torch.full((BATCH,), 600),
+        "return_dict": False,
+    }
+    if case.kind is MMDiT:
+        inputs["pooled_projections"] = torch.randn(BATCH, model.config.pooled_projection_dim)
+    else:
+        pixels, ratio = torch.full((BATCH, 2), 8.0 * case.side), torch.ones(BATCH, 1)
+        inputs["encoder_attention_mask"] = torch.ones(BATCH, case.text)
+        inputs["added_cond_kwargs"] = {"resolution": pixels, "aspect_ratio": ratio}
+    tensors = [value for value in tree_leaves(inputs) if isinstance(value, Tensor)]
     return {
-        "diffusers": Provider(rival, theirs, [sample, timestep, states, pooled, sizes]),
-        "kolors_fast": Provider(model, ours, [sample, timestep, short, bias, pooled, sizes]),
+        "diffusers": Provider(rival, lambda: list(rival(**inputs)), tensors),
+        "kolors_fast": Provider(model, lambda: list(model(**inputs)), tensors),
     }
 
 
-def _like(rival: nn.Module, ours: ModuleT) -> ModuleT:
-    ours.load_state_dict(rival.state_dict())
-    return ours
-
-
-def _normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-CASES: dict[str, Callable[[torch.dtype], dict[str, Provider]]] = {
+BLOCKS: dict[str, Callable[[torch.dtype], dict[str, Provider]]] = {
     f"Kolors transformer block {BATCH}x{TOKENS}x{KOLORS}": transformer_block,
     f"ResnetBlock {KOLORS}, {SIDE}x{SIDE}": partial(resnet_block, KOLORS, 0, KOLORS),
     f"ResnetBlock {2 * KOLORS} + skip {KOLORS} to {KOLORS}": partial(resnet_block, 2 * KOLORS, KOLORS, KOLORS),
     f"MM-DiT block {BATCH}x({TOKENS} + 154)x{DIT}": joint_block,
     "the same with QK-norm": partial(joint_block, qk_norm="rms_norm"),
     f"PixArt block {BATCH}x{TOKENS}x{DIT}": pixart_block,
+}
+MODELS: dict[str, Callable[[torch.dtype], dict[str, Provider]]] = {
     f"KolorsUNet 33M, latent {BATCH}x32x32": unet,
+    f"Kolors 2.58B, {BATCH}x1024x1024": partial(unet, config=KOLORS_UNET, side=128),
+    f"SD3-medium 2.03B, {BATCH}x1024x1024": partial(transformer, "sd3_medium"),
+    f"PixArt-XL/2 0.61B, {BATCH}x1024x1024": partial(transformer, "pixart_xl2"),
 }
 MODES = (None, "selective", "full")
 
@@ -256,18 +270,16 @@ def line_up(providers: dict[str, Provider], dtype: torch.dtype) -> dict[str, Kep
 
 
 def main() -> None:
-    print("MiB kept, and peak (of diffusers)")
-    for dtype in DTYPES:
-        print("float32" if dtype == torch.float32 else f"autocast to {dtype}")
-        for case in CASES:
-            found = line_up(CASES[case](dtype), dtype)
+    print("MiB kept, and at the peak (of diffusers')")
+    for case, make in (BLOCKS | MODELS).items():
+        for dtype in DTYPES:
+            print(f"{case}, {dtype}".replace("torch.", ""))
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                found = line_up(make(dtype), dtype)
             theirs = found["diffusers"]
-            print(f"  {case}")
-            for name, (kept, peak) in found.items():
-                parts = (
-                    f"{kept / 2**20:8.2f} ({kept / theirs.kept:4.2f}) {peak / 2**20:8.2f} ({peak / theirs.peak:4.2f})"
-                )
-                print(f"    {name:12} {parts}", flush=True)
+            for name, one in found.items():
+                cells = [f"{ours / 2**20:9.2f} ({ours / most:4.2f})" for ours, most in zip(one, theirs, strict=True)]
+                print(f"    {name:12} {'   '.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":

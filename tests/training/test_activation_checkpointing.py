@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import measure_activations
 
 from kolors_fast import KolorsUNet, MMDiT, PixArtTransformer
-from kolors_fast.models.layers import store_convolutions
+from kolors_fast.models.layers import ResnetBlock, store_convolutions
 from kolors_fast.models.unet_blocks import TransformerBlock
 from kolors_fast.training.activation_checkpointing import (
     ATTENTION,
@@ -179,7 +179,7 @@ def test_selective_computes_norms_anew_and_no_product(name: str) -> None:
 
 # ---- bytes
 
-BLOCKS = list(measure_activations.CASES)[:-1]
+BLOCKS = measure_activations.BLOCKS
 
 
 def hooked(provider: measure_activations.Provider) -> int:
@@ -201,7 +201,7 @@ def hooked(provider: measure_activations.Provider) -> int:
 @pytest.mark.parametrize("case", BLOCKS)
 @pytest.mark.parametrize("who", ["diffusers", "kolors_fast"])
 def test_what_is_alive_is_what_hooks_see(case: str, who: str) -> None:
-    provider = measure_activations.CASES[case](torch.float32)[who]
+    provider = BLOCKS[case](torch.float32)[who]
     assert measure_activations.measure(provider).kept == pytest.approx(hooked(provider), abs=4096)
 
 
@@ -214,7 +214,7 @@ MOST = dict(
 @pytest.mark.parametrize("dtype", measure_activations.DTYPES, ids=str)
 @pytest.mark.parametrize("case", BLOCKS)
 def test_bytes_of_blocks_beside_diffusers(case: str, dtype: torch.dtype) -> None:
-    found = measure_activations.line_up(measure_activations.CASES[case](dtype), dtype)
+    found = measure_activations.line_up(BLOCKS[case](dtype), dtype)
     kept = {name: one.kept / found["diffusers"].kept for name, one in found.items()}
     assert kept["kolors_fast"] <= MOST[case][0] and kept["selective"] <= MOST[case][1] and kept["full"] <= 0.01
 
@@ -300,14 +300,29 @@ def test_nothing_is_kept_where_nothing_trains() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["unet", "pixart"])
-def test_compiled_in_one_graph(name: str, mode: str) -> None:
-    model = model_of(name)
+def test_a_compiled_transformer_is_one_graph(mode: str) -> None:
+    model = model_of("pixart")
     checkpoint_activations(model, mode)
-    plain = gradients(model, name)
+    plain = gradients(model, "pixart")
     torch.compiler.reset()
     model.compile(backend="aot_eager", fullgraph=True)
-    assert_same(gradients(model, name), plain)
+    assert_same(gradients(model, "pixart"), plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compiled_residual_block_is_one_graph(mode: str) -> None:
+    torch.manual_seed(0)
+    block = ResnetBlock(12, 8, time_dim=None, num_groups=4, eps=1e-5)
+    x, skip = (torch.randn(2, c, 6, 6).to(memory_format=torch.channels_last) for c in (8, 4))
+    checkpoint_activations(block, mode)
+
+    def weights() -> list[Tensor]:
+        return list(torch.autograd.grad(block(x, None, skip).square().mean(), list(block.parameters())))
+
+    plain = weights()
+    torch.compiler.reset()
+    block.compile(backend="aot_eager", fullgraph=True)
+    assert all(map(torch.equal, weights(), plain))
 
 
 # ---- several processes
