@@ -207,7 +207,7 @@ def hooked(provider: measure_activations.Provider) -> int:
 @pytest.mark.parametrize("who", ["diffusers", "kolors_fast"])
 def test_what_is_alive_is_what_hooks_see(case: str, who: str) -> None:
     provider = BLOCKS[case](torch.float32)[who]
-    assert measure_activations.measure(provider).kept == pytest.approx(hooked(provider), abs=4096)
+    assert measure_activations.measure(provider).kept == hooked(provider)
 
 
 # case -> what ours keeps of diffusers' bytes, and under "selective"
