@@ -163,13 +163,20 @@ class ResnetBlock(nn.Module):
 
     def residual(self, x: Tensor, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """What the block adds to its shortcut; arguments as those of `forward`."""
-        h, bias = conv_without_bias(self.conv1, self.norm1(x, skip=skip))
+        h, bias = self.norm_and_conv1(x, skip)
         if bias is not None:
             shift = bias.expand(x.shape[0], -1) if shift is None else shift + bias
         if shift is not None:
             shift = shift.to(h.dtype)
             if not savings.on("channel_add"):
                 h, shift = h + shift[:, :, None, None], None
+        return self.norm_and_conv2(h, shift)
+
+    def norm_and_conv1(self, x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Apart, as `norm_and_conv2` is, so that training can do without the norm's result: its input makes it anew."""
+        return conv_without_bias(self.conv1, self.norm1(x, skip=skip))
+
+    def norm_and_conv2(self, h: Tensor, shift: Tensor | None) -> Tensor:
         return self.conv2(self.norm2(h, channel_add=shift))
 
     @property

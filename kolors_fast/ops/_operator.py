@@ -43,8 +43,8 @@ class Operator:
         fake: a call -> what `forward` returns, uninitialised.
         outputs: how many results of `forward` are the op's; `saved` more follow, for the backward pass.
         mutated: the field of the call that `forward` writes in place.
-        kept: field -> the output that `backward` reads in its place, of the same shape and dtype. So an input that
-            `backward` has no use for need not live until then.
+        kept: (call, outputs) -> by field, the tensor that `backward` reads in its place, of the same shape and dtype.
+            So an input that `backward` has no use for need not live until then.
         reads_outputs: whether `backward` reads the outputs too; they then come first in what it gets as saved.
     """
 
@@ -59,13 +59,13 @@ class Operator:
         outputs: int = 1,
         saved: int = 0,
         mutated: str | None = None,
-        kept: Mapping[str, int] | None = None,
+        kept: Callable[[Any, tuple[Any, ...]], Mapping[str, Tensor]] | None = None,
         reads_outputs: bool = False,
     ) -> None:
         self.name, self.call, self.columns, self.dense, self.fake = name, call, columns, dense, fake
         self.outputs, self.saved, self.mutated = outputs, saved, mutated
         self.first_kept = 0 if reads_outputs else outputs
-        self.kept = {call._fields.index(field): output for field, output in (kept or {}).items()}
+        self.kept = kept
         self.kinds = kinds_of(call)
         types = {field: _SCHEMA_TYPES[kind] for field, kind in self.kinds.items()}
         if mutated is not None:
@@ -183,8 +183,9 @@ class Operator:
             output = (output,)
         ctx.set_materialize_grads(False)
         tensors = list(inputs[: self.tensors])
-        for i, kept in self.kept.items():
-            tensors[i] = output[kept]
+        if self.kept is not None:
+            for field, kept in self.kept(self.call(*inputs), output).items():
+                tensors[self.call._fields.index(field)] = kept
         ctx.save_for_backward(*tensors, *output[self.first_kept :])
         ctx.numbers = inputs[self.tensors :]
 

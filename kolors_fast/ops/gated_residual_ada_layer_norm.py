@@ -27,7 +27,7 @@ class Call(NamedTuple):
     """A checked call: what the registered op takes, in its order, and what every launcher reads."""
 
     x: Tensor  # [B, *, D]; for the backward pass r
-    y: Tensor  # [B, *, D]
+    y: Tensor  # [B, *, D]; for the backward pass r, where there is no gate
     gate: Tensor | None  # [B, D] or [B, 1, D]
     scale: Tensor  # [B, D] or [B, 1, D]
     shift: Tensor  # [B, D] or [B, 1, D]
@@ -227,8 +227,13 @@ def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _kept(call: Call, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """y is read for the gate's gradient alone."""
+    return dict.fromkeys(("x",) if call.gate is not None else ("x", "y"), outputs[0])
+
+
 _operator = Operator(
-    "gated_residual_ada_layer_norm", Call, COLUMNS, dense=_dense, fake=_fake, outputs=2, saved=1, kept={"x": 0}
+    "gated_residual_ada_layer_norm", Call, COLUMNS, dense=_dense, fake=_fake, outputs=2, saved=1, kept=_kept
 )
 
 

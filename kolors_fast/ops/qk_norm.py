@@ -363,7 +363,13 @@ def _outputs(call: Call, parts: list[Part]) -> Outputs:
     return q, k, v
 
 
-_operator = Operator("qk_norm", Call, COLUMNS, dense=_streams.dense, fake=_fake, outputs=3)
+def _kept(call: Call, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Of what is copied `backward` reads the shape alone: a row in every row's place."""
+    row = call.q.new_empty(call.q.shape[3])
+    return {Call._fields[part.field]: row.expand(part.x.shape) for part in _parts(call) if part.weight is None}
+
+
+_operator = Operator("qk_norm", Call, COLUMNS, dense=_streams.dense, fake=_fake, outputs=3, kept=_kept)
 
 
 # ---- what tests, benchmarks and explain() are made from

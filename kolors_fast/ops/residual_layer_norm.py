@@ -184,9 +184,11 @@ def _fake(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-_operator = Operator(
-    "residual_layer_norm", Call, COLUMNS, dense=_dense, fake=_fake, outputs=2, saved=1, kept={"x": 0, "y": 0}
-)
+def _kept(call: Call, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {"x": outputs[0], "y": outputs[0]}
+
+
+_operator = Operator("residual_layer_norm", Call, COLUMNS, dense=_dense, fake=_fake, outputs=2, saved=1, kept=_kept)
 
 
 # ---- what tests, benchmarks and explain() are made from

@@ -63,6 +63,7 @@ class Stage:
     # of matrix products and convolutions; weights and optimizer stay fp32. "fp16": of a denoiser's residual branches,
     # each under a gradient scale of its own
     precision: str = "bf16"
+    activations: str = "all"  # kept for the backward pass: all, "selective" or "full", see `checkpoint_activations`
     checkpoint_every: int = 500
     monitor_every: int = 1000
     lora: LoRAConfig | None = None  # an adapter is trained in place of the weights
@@ -84,6 +85,11 @@ class Stage:
             )
         if not 0 <= self.ema < 1:
             raise RecipeError(f"stage '{self.name}': ema: expected 0 <= ema < 1, got {self.ema}")
+        kept = ("all", "selective", "full") if isinstance(self, PoolStage) else ("all",)
+        if self.activations not in kept:
+            raise RecipeError(
+                f"stage '{self.name}': activations: expected one of {', '.join(kept)}, got '{self.activations}'"
+            )
         precisions = ("fp32", "bf16", "fp16") if isinstance(self, PoolStage) else ("fp32", "bf16")
         if self.precision not in precisions:
             raise RecipeError(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from kolors_fast.evaluation.statistics import TimestepBins
 
 from . import checkpoints
+from .activation_checkpointing import checkpoint_activations
 from .checkpoint import TrainingStateError
 from .config import Stage
 from .ema import EMA
@@ -67,6 +68,8 @@ class Trainer:
         # what the monitor looks at where no process has a whole average
         self.whole = copy.deepcopy(self.module).eval() if self.world.sharded and self.world.is_main else None
         self.ema = EMA(self.module, stage.ema)
+        if stage.activations != "all":
+            checkpoint_activations(self.module, stage.activations)
         if stage.precision == "fp16" and self.world.sharded:
             raise ValueError(f"engine: expected ddp with precision 'fp16', got {self.world.engine}")
         for sharded in (self.module, self.ema.module):
