@@ -43,7 +43,7 @@ from kolors_fast.models.unet_blocks import TransformerBlock as UNetBlock
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]  # around a region: forward, and again
 MakesContexts = Callable[[], Contexts]
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_linear_pointwise")
 ATTENTION = ("attention", "attn", "flash")  # in the names of torch's, flash_attn's, xformers' and our own operators
 
 
