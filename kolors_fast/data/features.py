@@ -231,9 +231,10 @@ class FeatureDataset:
         dropped = torch.from_numpy(rng.random(size) < dropout)
         rows = draws.share(size)
         mine = items[rows]
-        latents = bucket.draw(mine, draws.noise(step, size, bucket.shape, 1))
+        with torch.autocast("cpu", enabled=False):  # which cannot stack halves
+            latents = bucket.draw(mine, draws.noise(step, size, bucket.shape, 1))
+            texts = bucket.texts(mine, choice[rows], dropped[rows])
         noise = draws.noise(step, size, bucket.shape)
-        texts = bucket.texts(mine, choice[rows], dropped[rows])
         return FeatureBatch(bucket.size, latents, noise, texts, bucket.time_ids(mine), rows)
 
     def _warn_of_small_buckets(self, size: int) -> None:

@@ -136,6 +136,7 @@ class PoolStage(Stage):
     objects: ClassVar[int | None] = None  # of a scene; None: one to three
 
     features: str = ""  # the folder; "": a pool, which the keys below describe
+    prompts: tuple[str, ...] = ()  # drawn now and then by a pipeline that is trained further
     synthetic: float = 0.5  # with features: share of the synthetic captions among those of pictures that have both
     scenes: int = 40000
     captions: int = 4  # per scene
@@ -302,7 +303,25 @@ class PixArtRecipe(Recipe):
     transformer: dict[str, Any]
 
 
-SYSTEMS: dict[str, type[Recipe]] = {"kolors": KolorsRecipe, "sd3": SD3Recipe, "pixart": PixArtRecipe}
+@dataclass(frozen=True)
+class PretrainedRecipe(Recipe):
+    """A pipeline of any system that is there, whose denoiser is trained further on features of real pictures."""
+
+    objectives: ClassVar[dict[str, type[Stage]]] = {
+        "epsilon": EpsilonStage,
+        "rectified_flow": RectifiedFlowStage,
+        "learned_variance": CaptionConditionalStage,
+    }
+
+    pretrained: str  # a folder in diffusers' layout, or a bundled model
+
+
+SYSTEMS: dict[str, type[Recipe]] = {
+    "kolors": KolorsRecipe,
+    "sd3": SD3Recipe,
+    "pixart": PixArtRecipe,
+    "pretrained": PretrainedRecipe,
+}
 
 
 def load_recipe(recipe: str | Path) -> Recipe:

@@ -11,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .config import KolorsRecipe, PixArtRecipe, Recipe, SD3Recipe, load_recipe
+from .config import KolorsRecipe, PixArtRecipe, PretrainedRecipe, Recipe, SD3Recipe, load_recipe
 from .kolors import KolorsSession
 from .parallel import World
 from .pixart import PixArtSession
+from .pretrained import PretrainedSession
 from .sd3 import SD3Session
 from .session import Session
 
@@ -22,6 +23,7 @@ SESSIONS: dict[type[Recipe], type[Session]] = {
     KolorsRecipe: KolorsSession,
     SD3Recipe: SD3Session,
     PixArtRecipe: PixArtSession,
+    PretrainedRecipe: PretrainedSession,
 }
 
 

@@ -249,8 +249,9 @@ class Trainer:
         if self.world.is_main:
             with computing_in(self.stage.precision, self.world.device.type):
                 figures = self.objective.monitor(average, self.folder / "samples", self.step)
-            self._log(figures)
-            tqdm.write(f"{self.stage.name} {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+            if figures:
+                self._log(figures)
+                tqdm.write(f"{self.stage.name} {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
         self.world.wait()
 
     def _log(self, figures: dict[str, float]) -> None:

@@ -1,0 +1,128 @@
+"""Further training of a pipeline that is there: its denoiser, or an adapter for it, on features of real pictures."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kolors_fast.assets import BUNDLED, bundled
+from kolors_fast.models.checkpoint import PretrainedModel, read_json
+from kolors_fast.pipelines.folder import load_components
+from kolors_fast.pipelines.kolors import KolorsPipeline
+from kolors_fast.pipelines.load import load_pipeline, pipeline_class
+from kolors_fast.pipelines.pixart import PixArtPipeline
+from kolors_fast.pipelines.sd3 import SD3Pipeline
+
+from .config import (
+    CaptionConditionalStage,
+    EpsilonStage,
+    PoolStage,
+    PretrainedRecipe,
+    RecipeError,
+    RectifiedFlowStage,
+    Stage,
+)
+from .mmdit import RectifiedFlowObjective
+from .monitor import write_grid
+from .objectives import EpsilonObjective, Objective
+from .parallel import World
+from .pixart import TextObjective
+from .precompute import open_features
+from .session import Session
+
+STAGES: dict[type, type[PoolStage]] = {
+    KolorsPipeline: EpsilonStage,
+    SD3Pipeline: RectifiedFlowStage,
+    PixArtPipeline: CaptionConditionalStage,
+}
+
+
+class PretrainedSession(Session):
+    """The pipeline is copied to the output; a stage trains its denoiser and puts it there, or writes an adapter."""
+
+    recipe: PretrainedRecipe
+
+    def __init__(self, recipe: PretrainedRecipe, output: Path, world: World, accept_changes: bool = False) -> None:
+        name = recipe.pretrained
+        self.source = bundled(name) if name in BUNDLED else Path(name)
+        if not (self.source / "model_index.json").is_file():
+            known = ", ".join(BUNDLED)
+            raise RecipeError(f"pretrained: expected a pipeline's folder or one of {known}, got '{name}'")
+        self.kind = pipeline_class(self.source)
+        self.index = read_json(self.source / "model_index.json")  # type: ignore[misc]  # each recipe has its own
+        super().__init__(recipe, output, world, accept_changes)
+
+    def _prepare(self) -> None:
+        for part in sorted(self.source.iterdir()):
+            if part.is_dir() and not (self.folder / part.name).exists():
+                shutil.copytree(part, self.folder / part.name, copy_function=_link)
+
+    def _objective(self, stage: Stage, folder: Path) -> Objective:
+        expected = next(kind for pipeline, kind in STAGES.items() if issubclass(self.kind, pipeline))
+        if not isinstance(stage, expected):
+            known = {kind: name for name, kind in PretrainedRecipe.objectives.items()}
+            raise RecipeError(
+                f"stage '{stage.name}': objective: expected '{known[expected]}' for a {self.kind.index_name}, "
+                f"got '{stage.objective}'"
+            )
+        if not stage.features:
+            raise RecipeError(f"stage '{stage.name}': features: expected one of 'kolors-fast precompute', got none")
+        pool = open_features(stage.features, self.source, synthetic=stage.synthetic, seed=self.recipe.seed)
+        name, no_part = self.kind.denoiser_name, {"scheduler": None}
+        parts = {name: self.kind.parts[name]}
+        denoiser = load_components(self.folder, parts, None, None, None, given=no_part).components[name]
+        streams = self._streams(stage)
+        nothing: Any = None  # of what only the monitors of the shapes world need
+        made: Objective
+        if isinstance(stage, EpsilonStage):
+            made = EpsilonObjective(denoiser, nothing, nothing, nothing, pool, stage, streams)
+        elif isinstance(stage, RectifiedFlowStage):
+            made = RectifiedFlowObjective(denoiser, nothing, nothing, pool, stage, streams)
+        else:
+            assert isinstance(stage, CaptionConditionalStage)
+            made = TextObjective(denoiser, nothing, nothing, pool, stage, streams)
+        return _Drawing(made, self, stage)
+
+    def _keep(self, stage: Stage, objective: Objective, module: nn.Module) -> None:
+        assert isinstance(module, PretrainedModel)
+        module.save_pretrained(self.folder / self.kind.denoiser_name)
+
+
+class _Drawing:
+    """An objective whose monitor draws the stage's prompts by the whole pipeline, each always from the same noise."""
+
+    def __init__(self, objective: Objective, session: PretrainedSession, stage: PoolStage) -> None:
+        self.objective, self.session, self.stage = objective, session, stage
+        self.bins = getattr(objective, "bins", None)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.objective.module
+
+    def loss(self, step: int) -> Tensor:
+        return self.objective.loss(step)
+
+    def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        prompts, session = list(self.stage.prompts), self.session
+        if prompts:
+            pipeline: Any = load_pipeline(session.folder, **{session.kind.denoiser_name: averaged})
+            pipeline.set_progress_bar_config(disable=True)
+            noise = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
+            with torch.autocast("cpu", enabled=False):
+                pictures = pipeline(prompts, num_inference_steps=20, generator=noise).images
+            write_grid(np.stack([np.asarray(picture) for picture in pictures]), folder / f"{step:06d}.png")
+        return {}
+
+
+def _link(source: str, target: str) -> None:
+    """No second copy of weights that are not trained; whoever writes anew writes beside and renames."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
