@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -115,6 +116,8 @@ class World:
         """Let each process keep its part of every parameter, with FSDP2; nothing where the engine is "ddp"."""
         if not self.sharded:
             return
+        # a linear layer's output may be a view; no model writes into what a sharded layer returned
+        warnings.filterwarnings("ignore", message=".* returned a view tensor")
         mesh = self._mesh()
         store_convolutions(module, torch.contiguous_format)  # the only layout that is sharded
         for layer in [layer for layer in module.modules() if isinstance(layer, SHARDED)]:
