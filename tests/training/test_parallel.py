@@ -79,7 +79,7 @@ def spawn(work: Callable[[int, int, Path], dict[str, Any]], size: int, folder: P
     processes = [context.Process(target=_process, args=(rank, *arguments)) for rank in range(size)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=240) for _ in processes]  # nothing but an error, or none
+    found = [results.get(timeout=500) for _ in processes]  # nothing but an error, or none
     for process in processes:
         process.join(60)
     errors = [value for _, value in found if isinstance(value, str)]
