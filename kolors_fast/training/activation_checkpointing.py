@@ -12,7 +12,8 @@ the packing of queries and keys, nearest-neighbour upsampling) takes a pass over
 - "full" keeps one tensor of a block, its input, and computes all else anew.
 
 Recomputed values are those of the forward pass bit for bit where kernels are deterministic, so "selective" changes no
-gradient, but on CPUs where oneDNN trains the linear layers: where a dispatch mode watches, torch multiplies. "full" adds up residuals between blocks by themselves, not within the next norm, and so differs by rounding.
+gradient, but on CPUs where oneDNN trains the linear layers: where a dispatch mode watches, torch multiplies. "full"
+adds up residuals between blocks by themselves, not within the next norm, and so differs by rounding.
 
 Only methods of the blocks are stood in for, on the instance: modules, their names and their parameters stay, so state
 dicts, LoRA layers by path and copies are as before, and FSDP2's hooks lie around what is computed anew.
