@@ -102,11 +102,11 @@ class FeatureBucket:
 
     def mean(self, items: Tensor) -> Tensor:
         """Of the posterior of samples `items` [B]: fp32 [B, C, h, w]."""
-        return self._stacked("mean", items).float()
+        return self._stacked("mean", items)
 
     def draw(self, items: Tensor, normal: Tensor) -> Tensor:
         """Latents mean + std n of samples `items` [B], with n = normal: fp32 [B, C, h, w] on the CPU."""
-        return self.mean(items) + self._stacked("std", items).float() * normal
+        return self.mean(items) + self._stacked("std", items) * normal
 
     def texts(self, items: Tensor, choice: Tensor, dropped: Tensor) -> Any:
         """What the denoiser reads of a caption of each item [B]: 0 the original, 1 the synthetic; the empty one where
@@ -115,14 +115,15 @@ class FeatureBucket:
         for (shard, row), which, drop in zip(self._places(items), choice.tolist(), dropped.tolist(), strict=True):
             tensors = (self.empty if drop else shard).tensors()
             picks.append((tensors, 0 if drop else int(tensors["rows"][row, which])))
-        return self.kind(**_captions(self.kind, picks)).gather(torch.arange(len(picks)))
+        with torch.autocast("cpu", enabled=False):  # which cannot stack halves
+            return self.kind(**_captions(self.kind, picks)).gather(torch.arange(len(picks)))
 
     def time_ids(self, items: Tensor) -> Tensor:
         """Original height, width, crop top, left, height, width: fp32 [B, 6]."""
-        return self._stacked("sizes", items).float()
+        return self._stacked("sizes", items)
 
     def _stacked(self, name: str, items: Tensor) -> Tensor:
-        return torch.stack([shard.tensors()[name][row] for shard, row in self._places(items)])
+        return torch.stack([shard.tensors()[name][row].float() for shard, row in self._places(items)])
 
     def _places(self, items: Tensor) -> list[tuple[_Shard, int]]:
         """The shard of each item, and its row there."""
@@ -231,10 +232,9 @@ class FeatureDataset:
         dropped = torch.from_numpy(rng.random(size) < dropout)
         rows = draws.share(size)
         mine = items[rows]
-        with torch.autocast("cpu", enabled=False):  # which cannot stack halves
-            latents = bucket.draw(mine, draws.noise(step, size, bucket.shape, 1))
-            texts = bucket.texts(mine, choice[rows], dropped[rows])
+        latents = bucket.draw(mine, draws.noise(step, size, bucket.shape, 1))
         noise = draws.noise(step, size, bucket.shape)
+        texts = bucket.texts(mine, choice[rows], dropped[rows])
         return FeatureBatch(bucket.size, latents, noise, texts, bucket.time_ids(mine), rows)
 
     def _warn_of_small_buckets(self, size: int) -> None:

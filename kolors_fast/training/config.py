@@ -137,6 +137,7 @@ class PoolStage(Stage):
 
     features: str = ""  # the folder; "": a pool, which the keys below describe
     prompts: tuple[str, ...] = ()  # drawn now and then by a pipeline that is trained further
+    validation: str = ""  # features of other pictures, on which it is validated then
     synthetic: float = 0.5  # with features: share of the synthetic captions among those of pictures that have both
     scenes: int = 40000
     captions: int = 4  # per scene

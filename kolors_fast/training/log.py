@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from kolors_fast.models.checkpoint import write_file
 
 NAME = "log.jsonl"
@@ -32,6 +35,12 @@ class Log:
         if self.board is not None:
             for name, value in figures.items():
                 self.board.add_scalar(name, value, step)
+
+    def picture(self, step: int, path: Path) -> None:
+        """A sheet of samples, for TensorBoard."""
+        if self.board is not None and path.exists():
+            with Image.open(path) as sheet:
+                self.board.add_image("samples", np.asarray(sheet.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         """Write what is still held back."""

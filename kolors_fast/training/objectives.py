@@ -27,7 +27,7 @@ from kolors_fast.models.unet import KolorsUNet
 
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage
 from .monitor import encode, judge_prompts, judge_reconstructions, sample, validation_prompts
-from .pool import Bucket, LatentPool, Pool
+from .pool import Bucket, Pool
 from .streams import Streams
 
 Texts = tuple[Tensor, Tensor, Tensor]  # of Kolors' UNet: states, key bias and pooled state
@@ -69,7 +69,7 @@ class DenoiserObjective(Objective, Protocol):
 
 
 def validation_loss(
-    objective: DenoiserObjective, module: nn.Module, pool: LatentPool, *, batch: int, count: int = 8, seed: int = 0
+    objective: DenoiserObjective, module: nn.Module, pool: Pool, *, batch: int, count: int = 8, seed: int = 0
 ) -> StratifiedLoss:
     """`stratified_loss` of a module over a pool that it was not trained on, at `count` times."""
     starts = np.cumsum([0, *(len(bucket) for bucket in pool.buckets)])  # items are counted through the buckets

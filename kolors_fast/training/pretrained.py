@@ -30,7 +30,7 @@ from .config import (
 )
 from .mmdit import RectifiedFlowObjective
 from .monitor import write_grid
-from .objectives import EpsilonObjective, Objective
+from .objectives import DenoiserObjective, EpsilonObjective, Objective, validation_loss
 from .parallel import World
 from .pixart import TextObjective
 from .precompute import open_features
@@ -79,7 +79,7 @@ class PretrainedSession(Session):
         denoiser = load_components(self.folder, parts, None, None, None, given=no_part).components[name]
         streams = self._streams(stage)
         nothing: Any = None  # of what only the monitors of the shapes world need
-        made: Objective
+        made: DenoiserObjective
         if isinstance(stage, EpsilonStage):
             made = EpsilonObjective(denoiser, nothing, nothing, nothing, pool, stage, streams)
         elif isinstance(stage, RectifiedFlowStage):
@@ -95,9 +95,10 @@ class PretrainedSession(Session):
 
 
 class _Drawing:
-    """An objective whose monitor draws the stage's prompts by the whole pipeline, each always from the same noise."""
+    """An objective whose monitor draws the stage's prompts by the whole pipeline, each always from the same noise, and
+    takes the loss of validation pictures, always at the same times with the same noise."""
 
-    def __init__(self, objective: Objective, session: PretrainedSession, stage: PoolStage) -> None:
+    def __init__(self, objective: DenoiserObjective, session: PretrainedSession, stage: PoolStage) -> None:
         self.objective, self.session, self.stage = objective, session, stage
         self.bins = getattr(objective, "bins", None)
 
@@ -109,7 +110,10 @@ class _Drawing:
         return self.objective.loss(step)
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        prompts, session = list(self.stage.prompts), self.session
+        prompts, session, figures = list(self.stage.prompts), self.session, {}
+        if self.stage.validation:
+            held_out = open_features(self.stage.validation, session.source)
+            figures = validation_loss(self.objective, averaged, held_out, batch=self.stage.batch).figures()
         if prompts:
             pipeline: Any = load_pipeline(session.folder, **{session.kind.denoiser_name: averaged})
             pipeline.set_progress_bar_config(disable=True)
@@ -117,7 +121,7 @@ class _Drawing:
             with torch.autocast("cpu", enabled=False):
                 pictures = pipeline(prompts, num_inference_steps=20, generator=noise).images
             write_grid(np.stack([np.asarray(picture) for picture in pictures]), folder / f"{step:06d}.png")
-        return {}
+        return figures
 
 
 def _link(source: str, target: str) -> None:

@@ -249,6 +249,8 @@ class Trainer:
         if self.world.is_main:
             with computing_in(self.stage.precision, self.world.device.type):
                 figures = self.objective.monitor(average, self.folder / "samples", self.step)
+            if self.log is not None:
+                self.log.picture(self.step, self.folder / "samples" / f"{self.step:06d}.png")
             if figures:
                 self._log(figures)
                 tqdm.write(f"{self.stage.name} {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ name = "style"
 objective = "{objective}"
 features = "{features}"
 prompts = ["a red circle", "一个蓝色正方形"]
+validation = "{features}"
 steps = 3
 batch = 4
 learning_rate = 1e-3
@@ -83,8 +86,17 @@ def test_all_weights(tmp_path: Path, model: str, features: Path) -> None:
     assert 1e-5 < float(moved) < 1e-2  # three steps of 1e-3
     assert torch.equal(weights(load_pipeline(model)), weights(before))  # what was linked is as it was
     sheet = Image.open(tmp_path / "out" / "style" / "samples" / "000003.png")
-    assert sheet.size[0] % 2 == 0 and len(set(sheet.resize((16, 16)).getdata())) > 3
+    assert sheet.size[0] % 2 == 0 and len(np.unique(np.asarray(sheet))) > 3
     assert (tmp_path / "out" / "style" / "report.png").is_file()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "style" / "log.jsonl").read_text().splitlines()]
+    losses = [line for line in lines if any("validation" in name for name in line)]
+    assert len(losses) == 1 and losses[0]["step"] == 3
+    if find_spec("tensorboard") is not None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "out" / "style" / "tensorboard"))
+        events.Reload()
+        assert events.Tags()["images"] == ["samples"]
 
 
 def test_an_adapter(tmp_path: Path, model: str, features: Path) -> None:
