@@ -18,15 +18,14 @@ from kolors_fast.training.parallel import World
 
 from .tiny import make
 
-STEPS, KILLS = 60, 20
+STEPS, KILLS = 100, 20
 
 
-def train(folder: Path) -> None:
-    """Writes a checkpoint after every step, so that many are killed in the middle of one."""
+def train(folder: Path, checkpoint_every: int = STEPS) -> None:
     from kolors_fast.training.trainer import Trainer
 
     torch.set_num_threads(1)
-    stage, objective = make("epsilon", steps=STEPS, checkpoint_every=1)
+    stage, objective = make("epsilon", steps=STEPS, checkpoint_every=checkpoint_every)
     Trainer(stage, objective, folder).run()
 
 
@@ -39,16 +38,17 @@ def writing(folder: Path) -> bool:
 
 
 def kill_often(folder: Path) -> int:
-    """Trains in children of this process, which has imported all they need; returns how many were killed while they
-    wrote a checkpoint."""
+    """Trains in children of this process, which has imported all they need; returns after how many kills an unfinished
+    checkpoint lay there."""
     clock, halves = random.Random(3), 0
     for kill in range(KILLS):
         child = os.fork()
         if child == 0:
-            train(folder)
+            train(folder, checkpoint_every=1)  # so that many are killed in the middle of one
             os._exit(0)
         wanted = newest(folder) + clock.choice((0, 1))  # few steps each, so that none comes to the end
         while newest(folder) < wanted or (kill % 2 and not writing(folder)):
+            assert newest(folder) < STEPS, "the run ended before it was killed"
             time.sleep(1e-3)
         time.sleep(clock.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
