@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
+import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,37 +69,45 @@ def resume_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 def spawn(work: Callable[[int, int, Path], dict[str, Any]], size: int, folder: Path) -> dict[str, Any]:
     """What the main process of `size` of them returns."""
-    context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results: Any = context.Queue()
-    arguments = (work.__name__, size, port, folder, results)
-    processes = [context.Process(target=_process, args=(rank, *arguments)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=500) for _ in processes]  # nothing but an error, or none
-    for process in processes:
-        process.join(60)
-    errors = [value for _, value in found if isinstance(value, str)]
-    assert not errors, errors[0]
+        port = str(free.getsockname()[1])
+    script = f"from {__name__} import process; process({work.__name__!r}, {str(folder)!r})"
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    common = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    errors = [folder / f"{work.__name__}-{rank}.err" for rank in range(size)]
+    running = []
+    for rank, error in enumerate(errors):
+        with error.open("w") as file:
+            environment = {**os.environ, **meeting, "PYTHONPATH": path, "RANK": str(rank)}
+            running.append(subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=file))
+    try:
+        for one, error in zip(running, errors, strict=True):
+            assert one.wait(timeout=400) == 0, error.read_text()
+    finally:
+        for one in running:
+            one.kill()
+            one.wait()
     result: dict[str, Any] = torch.load(folder / f"{work.__name__}-0.pt", weights_only=True)
     return result
 
 
-def _process(rank: int, work: str, size: int, port: int, folder: Path, results: Any) -> None:
+def process(work: str, folder: str) -> None:
+    """One of them."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    try:
-        dist.init_process_group("gloo")
-        value = globals()[work](rank, size, folder)
-        torch.save(value, folder / f"{work}-{rank}.pt")
-        results.put((rank, None))
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        results.put((rank, traceback.format_exc()))
-        raise
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    value = globals()[work](rank, dist.get_world_size(), Path(folder))
+    torch.save(value, Path(folder) / f"{work}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
