@@ -75,13 +75,7 @@ def spawn(work: Callable[[int, int, Path], dict[str, Any]], size: int, folder: P
     script = f"from {__name__} import process; process({work.__name__!r}, {str(folder)!r})"
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    common = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     errors = [folder / f"{work.__name__}-{rank}.err" for rank in range(size)]
     running = []
     for rank, error in enumerate(errors):
