@@ -11,7 +11,6 @@ reads it again, sharded or not.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -27,6 +26,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+
+from kolors_fast.data.precompute import file_sha256
 
 from .checkpoint import TrainingStateError
 from .parallel import World
@@ -154,7 +155,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         length = file.stat().st_size if file.is_file() else 0
         if length != size:
             raise TrainingStateError(f"{path} is broken: {name} has {length} bytes, expected {size}")
-        if _sha256(file) != digest:
+        if file_sha256(file) != digest:
             raise TrainingStateError(f"{path} is broken: {name} has another checksum than it was written with")
     return dict(manifest)
 
@@ -167,15 +168,7 @@ def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _sums(paths: list[Path]) -> dict[str, tuple[int, str]]:
-    return {path.name: (path.stat().st_size, _sha256(path)) for path in paths}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return {path.name: (path.stat().st_size, file_sha256(path)) for path in paths}
 
 
 def _sync(folder: Path) -> None:

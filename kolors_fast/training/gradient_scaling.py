@@ -33,12 +33,12 @@ from kolors_fast.ops.unscale_and_filter import unscale_and_filter
 from kolors_fast.ops.unscale_grads_ import unscale_grads_
 
 from . import dit
+from .update import step_at_norm
 
 # log2(s / M) in thousandths, so that a thousand updates without overflow are a doubling exactly: the paper's rule
 START, LEAST, MOST = 13_000, 7_000, 24_000
 RISE, FALL = 1, 500
 PATIENCE = 125  # updates in which a scale falls at most once
-_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 # ---- what the branches are
@@ -255,16 +255,8 @@ class BlockGradientScaler:
         Raises:
             ValueError: the optimizer cannot skip an update on the device.
         """
-        if not getattr(optimizer, "_step_supports_amp_scaling", False):
-            got = type(optimizer).__name__
-            raise ValueError(f"optimizer: expected one of torch's with fused=True, that can skip an update, got {got}")
         norm, nonfinite = self.unscale_()
-        told: Any = optimizer  # as torch.amp.GradScaler tells it: gradients are divided by one, and the other skips
-        told.grad_scale, told.found_inf = ((norm + _EPS) / clip_norm).clamp(min=1.0), nonfinite.float()
-        try:
-            optimizer.step()
-        finally:
-            del told.grad_scale, told.found_inf
+        step_at_norm(optimizer, norm, nonfinite.float(), clip_norm)
 
     @torch.no_grad()
     def update(self) -> None:

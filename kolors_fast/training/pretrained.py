@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kolors_fast.assets import BUNDLED, bundled
+from kolors_fast.data.features import FeatureDataset
 from kolors_fast.models.checkpoint import PretrainedModel, read_json
 from kolors_fast.pipelines.folder import load_components
 from kolors_fast.pipelines.kolors import KolorsPipeline
@@ -87,7 +88,8 @@ class PretrainedSession(Session):
         else:
             assert isinstance(stage, CaptionConditionalStage)
             made = TextObjective(denoiser, nothing, nothing, pool, stage, streams)
-        return _Drawing(made, self, stage)
+        held_out = open_features(stage.validation, self.source) if stage.validation else None
+        return _Drawing(made, self, stage, held_out)
 
     def _keep(self, stage: Stage, objective: Objective, module: nn.Module) -> None:
         assert isinstance(module, PretrainedModel)
@@ -98,8 +100,14 @@ class _Drawing:
     """An objective whose monitor draws the stage's prompts by the whole pipeline, each always from the same noise, and
     takes the loss of validation pictures, always at the same times with the same noise."""
 
-    def __init__(self, objective: DenoiserObjective, session: PretrainedSession, stage: PoolStage) -> None:
-        self.objective, self.session, self.stage = objective, session, stage
+    def __init__(
+        self,
+        objective: DenoiserObjective,
+        session: PretrainedSession,
+        stage: PoolStage,
+        held_out: FeatureDataset | None,
+    ) -> None:
+        self.objective, self.session, self.stage, self.held_out = objective, session, stage, held_out
         self.bins = getattr(objective, "bins", None)
 
     @property
@@ -111,9 +119,8 @@ class _Drawing:
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         prompts, session, figures = list(self.stage.prompts), self.session, {}
-        if self.stage.validation:
-            held_out = open_features(self.stage.validation, session.source)
-            figures = validation_loss(self.objective, averaged, held_out, batch=self.stage.batch).figures()
+        if self.held_out is not None:
+            figures = validation_loss(self.objective, averaged, self.held_out, batch=self.stage.batch).figures()
         if prompts:
             pipeline: Any = load_pipeline(session.folder, **{session.kind.denoiser_name: averaged})
             pipeline.set_progress_bar_config(disable=True)

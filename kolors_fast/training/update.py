@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kolors_fast.ops.unscale_grads_ import unscale_grads_
 
 from .parallel import World, locals_of
+
+_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ adds to the norm
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, clip_norm: float, world: World) -> Tensor:
@@ -27,8 +31,23 @@ def clipped_step(optimizer: torch.optim.Optimizer, clip_norm: float, world: Worl
     gradients = locals_of(p.grad for p in parameters if p.grad is not None)
     ones = torch.ones((), device=world.device).expand(len(gradients))
     norm = world.norm(unscale_grads_(gradients, ones)[0].square())
-    optimizer.grad_scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
-    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-    optimizer.step()
-    skipped: Tensor = optimizer.found_inf  # type: ignore[attr-defined]
+    skipped = (~norm.isfinite()).float()
+    step_at_norm(optimizer, norm, skipped, clip_norm)
     return skipped
+
+
+def step_at_norm(optimizer: torch.optim.Optimizer, norm: Tensor, skipped: Tensor, clip_norm: float) -> None:
+    """The clipped step of gradients whose norm is known; none where skipped is 1. Both are fp32 [].
+
+    Raises:
+        ValueError: the optimizer cannot skip an update on the device.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        got = type(optimizer).__name__
+        raise ValueError(f"optimizer: expected one of torch's with fused=True, that can skip an update, got {got}")
+    told: Any = optimizer
+    told.grad_scale, told.found_inf = ((norm + _EPS) / clip_norm).clamp(min=1.0), skipped
+    try:
+        optimizer.step()
+    finally:
+        del told.grad_scale, told.found_inf

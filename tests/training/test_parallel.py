@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kolors_fast.training import checkpoints
 from kolors_fast.training.parallel import ENGINES, World
 from kolors_fast.training.trainer import Trainer
 
-from .tiny import OBJECTIVES, make
+from .tiny import make
 
 NAMES = ("epsilon", "rectified_flow", "learned_variance")
 STEPS = 4
@@ -143,4 +142,3 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
 def test_engines_have_names() -> None:
     with pytest.raises(ValueError, match="engine: expected one of ddp, fsdp, hybrid, got 'zero'"):
         World.join("zero")
-    assert set(NAMES) <= set(OBJECTIVES) and checkpoints.KEPT == 2

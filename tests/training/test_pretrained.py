@@ -115,6 +115,15 @@ def test_features_of_another_model_are_refused(tmp_path: Path, model: str, featu
         run(recipe_of(tmp_path, other, features), tmp_path / "out")
 
 
+def test_validation_pictures_are_looked_for_before_the_first_step(tmp_path: Path, features: Path, model: str) -> None:
+    recipe = recipe_of(tmp_path, model, features)
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(text.replace(f'validation = "{features}"', 'validation = "nowhere"'), encoding="utf-8")
+    with pytest.raises(OSError, match=r"nowhere/index\.json is missing: expected a folder that 'kolors-fast precomp"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "style" / "checkpoints").exists()
+
+
 def test_recipes_that_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="objective: expected 'epsilon' for a KolorsPipeline, got 'rectified_flow'"):
         run(recipe_of(tmp_path, "kolors-tiny", tmp_path, objective="rectified_flow"), tmp_path / "out")
