@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--stages", nargs="+", help="only these stages of the recipe, in its order")
     train.add_argument("--threads", type=int, help="CPU threads of each process; default: all")
     train.add_argument("--engine", choices=["ddp", "fsdp", "hybrid"], default="ddp", help="of several processes")
+    train.add_argument("--device", help="default: cuda if there is one, a GPU for each process, else cpu")
     train.add_argument("--accept-changes", action="store_true", help="resume although settings have changed")
 
     features = commands.add_parser("precompute", help="encode pictures and captions once, to train a denoiser on them")
@@ -401,6 +402,7 @@ def _train(options: argparse.Namespace) -> None:
         stages=options.stages,
         threads=options.threads,
         engine=options.engine,
+        device=options.device,
         accept_changes=options.accept_changes,
     )
 

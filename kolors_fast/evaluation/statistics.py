@@ -116,23 +116,26 @@ class TimestepBins:
 
     Args:
         edges: rising bounds of the bins. The outer ones do not bound: what lies beyond is counted in the nearest bin.
-        device: of the timesteps and losses.
     """
 
-    def __init__(self, edges: Sequence[float], device: torch.device | str = "cpu") -> None:
+    def __init__(self, edges: Sequence[float]) -> None:
         if len(edges) < 2 or any(low >= high for low, high in pairwise(edges)):
             raise ValueError(f"edges: expected two or more, rising, got {list(edges)}")
         self.names = [f"loss/t {low:g}-{high:g}" for low, high in pairwise(edges)]
-        self._inner = torch.tensor(edges[1:-1], dtype=torch.float64, device=device)
-        self._bins = torch.arange(len(self.names), device=device)
-        self._sums = torch.zeros(2, len(self.names), dtype=torch.float64, device=device)  # of losses, of samples
+        self._inner = torch.tensor(edges[1:-1], dtype=torch.float64)
+        self._bins = torch.arange(len(self.names))
+        self._sums = torch.zeros(2, len(self.names), dtype=torch.float64)  # of losses, of samples
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Take in the loss of every sample: timesteps [B] and losses [B] of any real dtype."""
+        """Take in the loss of every sample: timesteps [B] and losses [B] of any real dtype; where
+        the losses are, there the sums will be."""
         if timesteps.dim() != 1 or timesteps.shape != losses.shape:
             shapes = f"{list(timesteps.shape)} and {list(losses.shape)}"
             raise ValueError(f"timesteps, losses: expected two of one shape [B], got {shapes}")
-        bins = torch.bucketize(timesteps.double(), self._inner, right=True)
+        if self._sums.device != losses.device:
+            self._inner, self._bins, self._sums = (t.to(losses.device) for t in (self._inner, self._bins, self._sums))
+        timesteps = timesteps.to(losses.device, torch.float64, non_blocking=True)
+        bins = torch.bucketize(timesteps, self._inner, right=True)
         member = bins[:, None] == self._bins  # [B, bins]
         # by selection and not by a product, so that a NaN stays in its own bin
         self._sums[0] += torch.where(member, losses.detach().double()[:, None], 0.0).sum(0)

@@ -42,5 +42,5 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def tensors(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The module's state, detached."""
-    return {key: value.detach() for key, value in module.state_dict().items()}
+    """The module's state, detached, on the CPU."""
+    return {key: value.detach().cpu() for key, value in module.state_dict().items()}

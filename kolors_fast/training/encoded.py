@@ -10,6 +10,8 @@ from torch import Tensor
 from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 
+from .devices import sent, sent_to
+
 MAX_TOKENS = 256  # of a prompt, as in Kolors
 STORED_TOKENS = 64  # longest caption that is kept; the longest of the shapes world has about 45
 ABSENT = -1  # fills ids [M, L] on the right
@@ -57,8 +59,9 @@ def encode_captions(text_encoder: ChatGLM, captions: Tensor) -> EncodedCaptions:
     states = torch.empty(int(starts[-1]), width, dtype=torch.float16)
     pooled = torch.empty(len(captions), width, dtype=torch.float16)
     for some in lengths.argsort().split(_AT_ONCE):  # of about equal length
-        with torch.autocast("cpu", enabled=False):
-            embeds, _, last = text_encoder.text_features_collapsed(*pad_left(captions[some]))
+        with torch.autocast(text_encoder.device.type, enabled=False):
+            ids, mask = sent_to(text_encoder, *pad_left(captions[some]))
+            embeds, _, last = sent(text_encoder.text_features_collapsed(ids, mask), torch.device("cpu"))
         present = torch.arange(embeds.shape[1]) <= lengths[some][:, None]
         states[(starts[some][:, None] + torch.arange(embeds.shape[1]))[present]] = embeds[present].half()
         pooled[some] = last.half()

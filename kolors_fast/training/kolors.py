@@ -88,5 +88,5 @@ class KolorsSession(Session):
 def measure_scale(vae: AutoencoderKL, stage: AutoencoderStage, streams: Streams) -> None:
     """Set the config's scaling_factor, so that scaled latents have unit variance."""
     objective = AutoencoderObjective(vae, stage, streams)
-    values = [vae.encode(objective.pictures(i))[0].mode().flatten() for i in range(16)]
+    values = [vae.encode(objective.pictures(i).to(vae.device))[0].mode().flatten() for i in range(16)]
     vae.register_config(scaling_factor=round(1 / float(torch.cat(values).std()), 5))

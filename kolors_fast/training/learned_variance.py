@@ -16,6 +16,7 @@ from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.schedulers import DPMSolverMultistepScheduler
 
 from .config import LearnedVarianceStage
+from .devices import sent, sent_to
 from .monitor import STEPS, judge_prompts
 from .objectives import add_noise, bins_up_to, draw_timesteps, first_texts, snr_weights, with_offset
 from .pool import Bucket, Encode, Pool
@@ -60,18 +61,19 @@ class DiffusionProcess:
         Args:
             output: predicted noise and v [B, 2C, h, w].
             latents, noise: x_0 and n [B, C, h, w] of x_t = sqrt(A_t) x_0 + sqrt(1 - A_t) n.
+            timesteps: t, int64 [B] on the CPU.
         """
         predicted, v = output.chunk(2, dim=1)
 
         def at(table: Tensor) -> Tensor:
-            return table[timesteps].to(output.dtype).view(-1, 1, 1, 1)
+            return sent(table[timesteps].to(output.dtype), output.device).view(-1, 1, 1, 1)
 
         smallest = at(self.log_smallest)
         log_variance = smallest + (v + 1) / 2 * (at(self.log_largest) - smallest)
         apart = at(self.per_noise) * (predicted.detach() - noise)  # true mean - mu
         divergence = gaussian_divergence(apart, smallest, log_variance)
         likelihood = log_probability_of_bin(latents, apart, log_variance)
-        first = (timesteps == 0).view(-1, 1, 1, 1)
+        first = sent(timesteps == 0, output.device).view(-1, 1, 1, 1)
         return torch.where(first, -likelihood, divergence).mean((1, 2, 3)) / math.log(2)
 
 
@@ -133,11 +135,13 @@ class LearnedVarianceObjective(ABC):
 
     def _losses(self, module: nn.Module, latents: Tensor, texts: Any, noise: Tensor, timesteps: Tensor) -> Tensor:
         signal = self.process.signal[timesteps]
-        noisy = add_noise(latents, noise, signal)
-        output = self.predict(module, noisy, timesteps, texts).float()
+        weights = snr_weights(signal.clamp(min=_LEAST_SIGNAL), self.stage.snr_gamma)
+        noisy, told, texts, latents, noise, weights = sent_to(
+            module, add_noise(latents, noise, signal), timesteps, texts, latents, noise, weights
+        )
+        output = self.predict(module, noisy, told, texts).float()
         error = (output.chunk(2, dim=1)[0] - noise).square().mean((1, 2, 3))  # [B]
-        bound = self.process.variational_bound(output, latents, noise, timesteps)
-        return error * snr_weights(signal.clamp(min=_LEAST_SIGNAL), self.stage.snr_gamma) + bound  # [B]
+        return error * weights + self.process.variational_bound(output, latents, noise, timesteps)  # [B]
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         def draw(texts: list[str], generator: torch.Generator) -> Tensor:
@@ -145,7 +149,7 @@ class LearnedVarianceObjective(ABC):
             side, count = self.stage.area // 2 ** (len(self.vae.config.block_out_channels) - 1), len(texts)
             noise = torch.randn(count, self.vae.config.latent_channels, side, side, generator=generator)
             rows = torch.cat([torch.full((count,), count), torch.arange(count)])  # of the empty caption, of the texts
-            gathered = captions.gather(rows)
+            noise, gathered = sent_to(averaged, noise, captions.gather(rows))
             return sample(lambda noisy, time: self.predict(averaged, noisy, time, gathered), noise)
 
         return judge_prompts(draw, self.vae, folder / f"{step:06d}.png", self.prompts)
@@ -158,7 +162,7 @@ def sample(
     """Latents [B, C, h, w] by DPM-Solver++, guided: `predict` takes the noisy latents and timesteps of 2B samples, of
     the empty captions first, and its last C channels are not used."""
     scheduler = DPMSolverMultistepScheduler()  # whose defaults are the process's
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(steps, device=noise.device)
     latents = noise
     for timestep in scheduler.timesteps:
         output = predict(torch.cat([latents, latents]), timestep.expand(2 * len(latents))).float()

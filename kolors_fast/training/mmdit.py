@@ -18,6 +18,7 @@ from kolors_fast.schedulers import DDIMScheduler, FlowMatchEulerDiscreteSchedule
 from kolors_fast.schedulers.rectified_flow import interpolate, parse_density, shift_timestep, velocity_target
 
 from .config import DenoiserStage, EpsilonLinearStage, RectifiedFlowStage
+from .devices import sent_to
 from .monitor import GUIDANCE, judge_prompts
 from .objectives import add_noise, alpha_bar, bins_up_to, first_texts
 from .pool import Bucket, Pool
@@ -49,7 +50,7 @@ def encode_captions(encoders: SD3TextEncoders, texts: Sequence[str]) -> SD3Capti
     """As `encode_parts`, of many texts, as they are kept."""
     parts = [encode_parts(encoders, texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)]
     with torch.autocast("cpu", enabled=False):  # which cannot concat halves
-        return SD3Captions(*(torch.cat([getattr(p, f.name).half() for p in parts]) for f in fields(SD3Captions)))
+        return SD3Captions(*(torch.cat([getattr(p, f.name).half().cpu() for p in parts]) for f in fields(SD3Captions)))
 
 
 class MMDiTObjective(ABC):
@@ -108,7 +109,7 @@ class MMDiTObjective(ABC):
     def _squares(
         self, module: nn.Module, latents: Tensor, parts: SD3TextParts, noise: Tensor, timesteps: Tensor
     ) -> Tensor:
-        noisy, told, target = self.corrupt(latents, noise, timesteps)
+        noisy, told, target, parts = sent_to(module, *self.corrupt(latents, noise, timesteps), parts)
         text = parts.join()
         predicted = module(noisy, text.prompt_embeds, text.pooled_prompt_embeds, told, return_dict=False)[0]
         squares: Tensor = (predicted.float() - target).square()
@@ -204,8 +205,9 @@ def sample(
 ) -> Tensor:
     """Scaled latents [B, C, side, side] for the texts, with classifier-free guidance against the empty text."""
     text = encode_parts(encoders, [""] * len(texts) + texts).join()
-    scheduler.set_timesteps(steps)
-    latents = torch.randn(len(texts), mmdit.config.in_channels, side, side, generator=generator)
+    noise = torch.randn(len(texts), mmdit.config.in_channels, side, side, generator=generator)
+    latents, text = sent_to(mmdit, noise, text)
+    scheduler.set_timesteps(steps, device=latents.device)
     for timestep in scheduler.timesteps:
         both = torch.cat([latents, latents])
         told = timestep.float().expand(len(both))

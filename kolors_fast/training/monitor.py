@@ -17,6 +17,8 @@ from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 from kolors_fast.models.unet import KolorsUNet
 from kolors_fast.schedulers import EulerDiscreteScheduler
 
+from .devices import sent_to
+
 VALIDATION_SEED = 20240706  # the evaluation draws its prompts from seed 0
 SAMPLES = 40
 STEPS = 20
@@ -40,7 +42,7 @@ def judge_reconstructions(vae: AutoencoderKL, path: Path, size: tuple[int, int],
     scenes = [sample_training(rng)[0] for _ in range(count)]
     pictures = np.stack([render(scene, *size) for scene in scenes])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    means = torch.cat([vae.encode(part)[0].mode() for part in pixels.split(16)])
+    means = torch.cat([vae.encode(part.to(vae.device))[0].mode() for part in pixels.split(16)])
     decoded = np.concatenate([to_pictures(vae.decode(part)[0]) for part in means.split(16)])
     right = [judge(picture, facts(scene)).correct for picture, scene in zip(decoded, scenes, strict=True)]
     write_grid(np.concatenate([pictures[:8], decoded[:8]]), path)
@@ -98,10 +100,12 @@ def sample(
         steps_offset=1,
     )
     count, side = len(texts), unet.config.in_channels
-    embeds, key_bias, pooled = text_encoder.text_features_collapsed(*encode(tokenizer, [""] * count + texts))
+    ids, mask = sent_to(text_encoder, *encode(tokenizer, [""] * count + texts))
+    embeds, key_bias, pooled = text_encoder.text_features_collapsed(ids, mask)
     sizes = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).expand(2 * count, -1)
-    scheduler.set_timesteps(steps)
     noise = torch.randn(count, side, size[0] // 8, size[1] // 8, generator=generator)
+    noise, sizes = sent_to(unet, noise, sizes)
+    scheduler.set_timesteps(steps, device=noise.device)
     latents = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         noisy = scheduler.scale_model_input(latents, timestep)
@@ -127,7 +131,7 @@ def encode(tokenizer: ChatGLMTokenizer, texts: list[str]) -> tuple[Tensor, Tenso
 def to_pictures(pixels: Tensor) -> np.ndarray:
     """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
     scaled = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def write_grid(pictures: np.ndarray, path: Path, columns: int = 8) -> None:

@@ -26,6 +26,7 @@ from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 from kolors_fast.models.unet import KolorsUNet
 
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage
+from .devices import sent_to
 from .monitor import encode, judge_prompts, judge_reconstructions, sample, validation_prompts
 from .pool import Bucket, Pool
 from .streams import Streams
@@ -131,14 +132,15 @@ class AutoencoderObjective:
         return to_tensor(np.stack([render(scene, height, width) for scene in scenes[streams.share(count)]]))
 
     def loss(self, step: int) -> Tensor:
-        pictures, generator = self.pictures(step), self.streams.torch(step)
+        (pictures,), generator = sent_to(self.module, self.pictures(step)), self.streams.torch(step)
         latents = self.module.encode(pictures)[0].mean.float()  # [B, 4, h, w]
         count = len(latents) * self.streams.size
         size = self.stage.noise * torch.rand(count, 1, 1, 1, generator=generator)[self.streams.share(count)]
-        noisy = latents + (size * self.streams.noise(step, count, latents.shape[1:])).to(latents.device)
-        error = self.module.decode(noisy)[0].float() - pictures
+        noise = size * self.streams.noise(step, count, latents.shape[1:])
+        noise, centre, whiten = sent_to(self.module, noise, self.centre, self.whitening)
+        error = self.module.decode(latents + noise)[0].float() - pictures
         cells = latents.permute(0, 2, 3, 1)  # [B, h, w, 4]
-        colours = (mean_colours(pictures, self.side) - self.centre) @ self.whitening
+        colours = (mean_colours(pictures, self.side) - centre) @ whiten
         return (
             error.abs().mean()
             + 2 * error.square().mean()
@@ -185,7 +187,7 @@ class CaptionReader(nn.Module):
     def forward(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """ids [B, S], padded on the right, and lengths [B] -> next-token logits [B, S, V], [B, n] for each part."""
         hidden = self.model(ids, output_hidden_states=False).last_hidden_state.transpose(0, 1)  # [B, S, D]
-        last = hidden[torch.arange(len(ids)), lengths - 1]
+        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
         assert self.model.output_layer is not None
         return self.model.output_layer(hidden), self.parts(last).split([len(part) for part in REQUEST_PARTS], dim=1)
 
@@ -221,7 +223,7 @@ class LanguageModelObjective:
         return ids, targets, torch.tensor([len(row) for row in rows]), parts
 
     def loss(self, step: int) -> Tensor:
-        ids, targets, lengths, parts = self.tensors(self.captions(step))
+        ids, targets, lengths, parts = sent_to(self.module, *self.tensors(self.captions(step)))
         logits, of_parts = self.module(ids, lengths)
         reading = sum(F.cross_entropy(one.float(), parts[:, k]) for k, one in enumerate(of_parts))
         return next_token_loss(logits, targets) + self.stage.reading_weight * reading
@@ -230,10 +232,10 @@ class LanguageModelObjective:
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """The next-token loss on captions like those trained on, and how many held-out ones are read right."""
         assert isinstance(averaged, CaptionReader)
-        ids, targets, lengths, _ = self.tensors(self.captions(_VALIDATION))
+        ids, targets, lengths, _ = sent_to(averaged, *self.tensors(self.captions(_VALIDATION)))
         figures = {"validation loss": float(next_token_loss(averaged(ids, lengths)[0], targets))}
         prompts = validation_prompts(200)
-        ids, _, lengths, parts = self.tensors([(one.prompt, one.request) for one in prompts])
+        ids, _, lengths, parts = sent_to(averaged, *self.tensors([(one.prompt, one.request) for one in prompts]))
         read = torch.stack([one.argmax(1) for one in averaged(ids, lengths)[1]], dim=1)
         right = (read == parts).all(1).tolist()
         for category in CATEGORIES:
@@ -246,7 +248,8 @@ class LanguageModelObjective:
         """Root mean square of what the UNet will read at the tokens of captions, the prefix left out."""
         rng = self.streams.numpy(_VALIDATION)
         texts = [sample_training(rng)[1] for _ in range(captions)]
-        embeds, key_bias, _ = model.text_features_collapsed(*encode(self.tokenizer, texts))
+        ids, mask = sent_to(model, *encode(self.tokenizer, texts))
+        embeds, key_bias, _ = model.text_features_collapsed(ids, mask)
         start = 1 + len(self.tokenizer.prefix)  # behind the pad and the prefix
         return float(embeds[:, start:][key_bias[:, start:] == 0].square().mean().sqrt())
 
@@ -299,11 +302,14 @@ class EpsilonObjective:
         self, module: nn.Module, latents: Tensor, texts: Texts, time_ids: Tensor, noise: Tensor, timesteps: Tensor
     ) -> Tensor:
         signal, velocity = self.alpha_bar[timesteps], self.stage.prediction == "v"
-        predicted = self.predict(module, add_noise(latents, noise, signal), timesteps, texts, time_ids).float()
-        target = add_noise(noise, -latents, signal) if velocity else noise
-        error = (predicted - target).square().mean((1, 2, 3))  # [B]
+        noisy, target = add_noise(latents, noise, signal), add_noise(noise, -latents, signal) if velocity else noise
         weights = snr_weights(signal, self.stage.snr_gamma)
-        return error * (weights * signal if velocity and self.stage.snr_gamma else weights)
+        weights = weights * signal if velocity and self.stage.snr_gamma else weights
+        noisy, timesteps, texts, time_ids, target, weights = sent_to(
+            module, noisy, timesteps, texts, time_ids, target, weights
+        )
+        predicted = self.predict(module, noisy, timesteps, texts, time_ids).float()
+        return (predicted - target).square().mean((1, 2, 3)) * weights  # [B]
 
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, texts: Texts, time_ids: Tensor) -> Tensor:
         """The UNet's prediction; time_ids [B, 6] are those of `FeatureBatch`."""

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kolors_fast.models import dit_layers, mmdit_blocks, unet_blocks
 from kolors_fast.models.attention import Attention
 from kolors_fast.models.layers import store_convolutions
+from kolors_fast.pipelines.prompts_file import Worker
 
 from .objectives import Objective
 
@@ -36,7 +37,7 @@ class World:
     """This process among those that train together: a batch is split among them, gradients are averaged.
 
     Attributes:
-        device: of the weights; recipes train on CPUs.
+        device: of the weights, and of all that is computed with them.
         engine: "ddp": each holds all weights. "fsdp": weights, gradients and moments are sharded over all processes.
             "hybrid": over those of a machine, and the machines hold copies.
     """
@@ -47,19 +48,26 @@ class World:
     device: torch.device = torch.device("cpu")  # noqa: RUF009, it is immutable
 
     @classmethod
-    def join(cls, engine: str = "ddp") -> World:
+    def join(cls, engine: str = "ddp", device: str | None = None) -> World:
         """The world torchrun has set up in the environment, or a process on its own.
 
+        Args:
+            device: None: this process's GPU, where torch sees any, else the CPU.
+
         Raises:
-            ValueError: there is no such engine.
+            ValueError: there is no such engine, or no such device.
         """
         if engine not in ENGINES:
             raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got '{engine}'")
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls()
+        worker, seen = Worker.from_environment(), torch.cuda.is_available()
+        chosen = torch.device(worker.device(device) or ("cuda" if seen else "cpu"))
+        if chosen.type == "cuda" and not seen:
+            raise ValueError(f"device: expected cpu, for torch sees no CUDA device, got '{device}'")
+        if worker.count == 1:
+            return cls(device=chosen)
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), engine)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), engine, chosen)
 
     def leave(self) -> None:
         """After the last message: the group's threads may abort a process that ends with them."""

@@ -67,7 +67,8 @@ class PixArtSession(Session):
             return ClassConditionalObjective(self._dit(), vae, encode_kinds, pool, stage, streams)
         assert isinstance(stage, CaptionConditionalStage)
         tokenizer = load_tokenizer(self.folder, "tokenizer", "T5Tokenizer")
-        encode = partial(encode_captions, load_text_encoder(self.folder, "text_encoder", "T5EncoderModel"), tokenizer)
+        text_encoder = load_text_encoder(self.folder, "text_encoder", "T5EncoderModel").to(self.world.device)
+        encode = partial(encode_captions, text_encoder, tokenizer)
         pool, transformer = self._pool(stage, folder, encode, T5Captions), self._transformer()
         if stage.linear_captions:
             assert transformer.caption_projection is not None
@@ -173,14 +174,13 @@ def encode_captions(text_encoder: Any, tokenizer: Any, texts: list[str]) -> T5Ca
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     states = torch.empty(int(starts[-1]), text_encoder.config.d_model, dtype=torch.float16)
     for some in lengths.argsort().split(_AT_ONCE):  # of about equal length
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(text_encoder.device.type, enabled=False):
             features = read_pixart_prompts(
                 tokenizer, text_encoder, [texts[i] for i in some], int(lengths[some].max()), clean_caption=False
             )
         present = features.prompt_attention_mask.bool()
-        states[(starts[some][:, None] + torch.arange(present.shape[1]))[present]] = features.prompt_embeds[
-            present
-        ].half()
+        rows = (starts[some][:, None] + torch.arange(present.shape[1]))[present.cpu()]
+        states[rows] = features.prompt_embeds[present].half().cpu()
     return T5Captions(states, starts)
 
 

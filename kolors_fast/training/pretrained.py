@@ -29,6 +29,7 @@ from .config import (
     RectifiedFlowStage,
     Stage,
 )
+from .devices import device_of
 from .mmdit import RectifiedFlowObjective
 from .monitor import write_grid
 from .objectives import DenoiserObjective, EpsilonObjective, Objective, validation_loss
@@ -125,7 +126,9 @@ class _Drawing:
             pipeline: Any = load_pipeline(session.folder, **{session.kind.denoiser_name: averaged})
             pipeline.set_progress_bar_config(disable=True)
             noise = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
-            with torch.autocast("cpu", enabled=False):
+            device = device_of(averaged)
+            pipeline.to(device)
+            with torch.autocast(device.type, enabled=False):
                 pictures = pipeline(prompts, num_inference_steps=20, generator=noise).images
             write_grid(np.stack([np.asarray(picture) for picture in pictures]), folder / f"{step:06d}.png")
         return figures

@@ -34,6 +34,7 @@ def run(
     stages: list[str] | None = None,
     threads: int | None = None,
     engine: str = "ddp",
+    device: str | None = None,
     accept_changes: bool = False,
 ) -> Path:
     """Train the stages of a recipe in order and write the pipeline folder.
@@ -47,6 +48,7 @@ def run(
         stages: names of the stages to run; None runs all. One left out must be finished where a later one needs it.
         threads: CPU threads of each process; None leaves torch's own choice.
         engine: of several processes, "ddp", "fsdp" or "hybrid": see `World`.
+        device: None takes a GPU, one a process, where torch sees any.
         accept_changes: resume a stage although its settings are not those of its checkpoint.
 
     Returns:
@@ -58,7 +60,7 @@ def run(
         raise ValueError(f"stages: expected some of {[s.name for s in plan.stages]}, got '{unknown[0]}'")
     if threads is not None:
         torch.set_num_threads(threads)
-    world = World.join(engine)
+    world = World.join(engine, device)
     session = SESSIONS[type(plan)](plan, Path(output), world, accept_changes)
     for stage in plan.stages:
         if stages is None or stage.name in stages:

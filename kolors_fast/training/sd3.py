@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
@@ -83,16 +84,16 @@ class SD3Session(Session):
     @cached_property
     def encoders(self) -> SD3TextEncoders:
         """The text encoders with their tokenizers, trained."""
-        return load_encoders(self.folder, self.recipe)
+        return load_encoders(self.folder, self.recipe, self.world.device)
 
     def _tokenizer(self, name: str) -> Any:
         return load_tokenizer(self.folder, name, TOKENIZERS[name])
 
 
-def load_encoders(folder: Path, recipe: SD3Recipe) -> SD3TextEncoders:
+def load_encoders(folder: Path, recipe: SD3Recipe, device: torch.device | str = "cpu") -> SD3TextEncoders:
     """The text encoders of a pipeline folder with their tokenizers, frozen, for the recipe's denoiser."""
     parts: dict[str, Any] = {name: load_tokenizer(folder, name, kind) for name, kind in TOKENIZERS.items()}
     for name, kind in ENCODERS.items():
-        parts[name] = load_text_encoder(folder, name, kind).requires_grad_(False)
+        parts[name] = load_text_encoder(folder, name, kind).requires_grad_(False).to(device)
     widths = recipe.transformer["joint_attention_dim"], recipe.transformer["pooled_projection_dim"]
     return SD3TextEncoders(*widths, **parts)

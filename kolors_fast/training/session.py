@@ -83,7 +83,7 @@ class Session(ABC):
 
     def _frozen(self, kind: type[ModelT], name: str) -> ModelT:
         """A component that is trained already."""
-        return kind.from_pretrained(self.folder, subfolder=name).requires_grad_(False)
+        return kind.from_pretrained(self.folder, subfolder=name).requires_grad_(False).to(self.world.device)
 
     def _trained(self, name: str) -> bool:
         return (self.folder / name / "config.json").exists()
@@ -96,7 +96,7 @@ class Session(ABC):
         vae, cache = self._frozen(AutoencoderKL, "vae"), folder / "pool.safetensors"
         if not self.world.is_main:
             self.world.wait()
-        with computing_in(stage.precision):
+        with computing_in(stage.precision, self.world.device.type):
             pool = build_pool(vae, encode, kind, stage, self._streams(stage), stage.scenes, cache)
         if self.world.is_main:
             self.world.wait()

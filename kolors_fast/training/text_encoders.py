@@ -17,6 +17,7 @@ from kolors_fast.data.shapes.split import CATEGORIES
 from kolors_fast.pipelines.text_encoders import tokenize
 
 from .config import TextEncoderStage
+from .devices import sent_to
 from .initial import scale_clip
 from .monitor import validation_prompts
 from .objectives import next_token_loss
@@ -111,7 +112,8 @@ class T5Reader(Reader):
 
     def states(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         states = self.model(ids, attention_mask=mask).last_hidden_state
-        return states, states[ids == self.model.config.eos_token_id]
+        ends = (ids == self.model.config.eos_token_id).int().argmax(1)  # one in each row
+        return states, states[torch.arange(len(ids), device=ids.device), ends]
 
 
 class TextEncoderObjective:
@@ -144,7 +146,7 @@ class TextEncoderObjective:
         return whole[self.streams.share(len(whole))] & ~special
 
     def reading_loss(self, of_parts: tuple[Tensor, ...], requests: list[Request]) -> Tensor:
-        parts = torch.tensor([request_parts(request) for request in requests])
+        (parts,) = sent_to(self.module, torch.tensor([request_parts(request) for request in requests]))
         losses = [F.cross_entropy(one.float(), parts[:, k]) for k, one in enumerate(of_parts)]
         return self.stage.reading_weight * torch.stack(losses).sum()
 
@@ -156,11 +158,12 @@ class TextEncoderObjective:
         """How many held-out captions are read right, and the size of what the denoiser reads."""
         assert isinstance(averaged, Reader)
         prompts = validation_prompts(200)
-        ids, mask = self.tokens([one.prompt for one in prompts])
+        ids, mask = sent_to(averaged, *self.tokens([one.prompt for one in prompts]))
+        asked = torch.tensor([request_parts(one.request) for one in prompts], device=ids.device)
         figures = {}
         for name, seen in (("", None), (" behind a mask", mask)):
             read = torch.stack([one.argmax(1) for one in averaged(ids, seen)[1]], dim=1)
-            right = (read == torch.tensor([request_parts(one.request) for one in prompts])).all(1).tolist()
+            right = (read == asked).all(1).tolist()
             for category in CATEGORIES:
                 chosen = [ok for ok, one in zip(right, prompts, strict=True) if one.category == category]
                 figures[f"{category} read right{name}"] = float(np.mean(chosen))
@@ -181,7 +184,9 @@ class ClipObjective(TextEncoderObjective):
     def loss(self, step: int) -> Tensor:
         captions = self.captions(step)
         ids, mask = self.tokens([text for text, _ in captions])
-        logits, of_parts = self.module(ids.masked_fill(self.hidden(ids, step), 0))  # "!", of which captions have none
+        seen = ids.masked_fill(self.hidden(ids, step), 0)  # "!", of which captions have none
+        ids, mask, seen = sent_to(self.module, ids, mask, seen)
+        logits, of_parts = self.module(seen)
         following = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
         return next_token_loss(logits[:, :-1], following) + self.reading_loss(of_parts, [r for _, r in captions])
 
@@ -189,7 +194,8 @@ class ClipObjective(TextEncoderObjective):
     def finish(self, model: Any) -> None:
         """Let states and pooled states have a root mean square of one, beside those of other encoders: weight decay
         lets them shrink."""
-        output = model(self.tokens([text for text, _ in self.captions(0)])[0], output_hidden_states=True)
+        ids, _ = self.tokens([text for text, _ in self.captions(0)])
+        output = model(ids.to(model.device), output_hidden_states=True)
         sizes = (states.square().mean().rsqrt() for states in (output.hidden_states[-2], output.text_embeds))
         scale_clip(model, *map(float, sizes))
 
@@ -207,7 +213,9 @@ class T5Objective(TextEncoderObjective):
     def loss(self, step: int) -> Tensor:
         captions = self.captions(step)
         ids, mask = self.tokens([text for text, _ in captions])
-        hidden = self.hidden(ids, step)
+        ids, mask, hidden = sent_to(self.module, ids, mask, self.hidden(ids, step))
         logits, of_parts = self.module(ids.masked_fill(hidden, self.tokenizer.unk_token_id), mask if step % 2 else None)
-        guessing = F.cross_entropy(logits[hidden].float(), ids[hidden], reduction="sum") / hidden.sum().clamp(min=1)
+        hidden_ids = ids.masked_fill(~hidden, -100).flatten()
+        guessing = F.cross_entropy(logits.float().flatten(0, 1), hidden_ids, reduction="sum")
+        guessing = guessing / hidden.sum().clamp(min=1)
         return guessing + self.reading_loss(of_parts, [r for _, r in captions])

@@ -39,7 +39,7 @@ class Untexted:
         return self.count
 
     def gather(self, which):
-        return None
+        return ()
 
 
 class Plain(LearnedVarianceObjective):
@@ -136,10 +136,11 @@ def test_captions_are_the_first_ones_of_the_items():
     one, pool, _ = made("flow")
     seen = []
 
-    def module(sample, states, pooled, told, return_dict):
-        seen.append(pooled[:, 0])
-        return (sample,)
+    class Seeing(torch.nn.Module):
+        def forward(self, sample, states, pooled, told, return_dict):
+            seen.append(pooled[:, 0])
+            return (sample,)
 
     times, noise = torch.full((2,), 0.5), torch.zeros(2, 4, 8, 8)
-    one.loss_at(module, pool.buckets[0], torch.tensor([4, 1]), times, noise)
+    one.loss_at(Seeing(), pool.buckets[0], torch.tensor([4, 1]), times, noise)
     assert seen[0].tolist() == [8, 2]
