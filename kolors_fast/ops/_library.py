@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 _LIBRARY = torch.library.Library("kolors_fast", "DEF")
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), list, tuple})  # what launchers take as a tensor's field
+_CHECKPOINTING = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 
 def define(
@@ -50,6 +53,15 @@ def tracing(*tensors: Any) -> bool:
         if type(tensor) not in _PLAIN:
             return True
     return False
+
+
+def checkpointing(*tensors: Any) -> bool:
+    """Whether what watches is torch's selective checkpointing alone: any operator of torch's runs under it, and its
+    result may be kept."""
+    if torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors):
+        return False
+    modes = _get_current_dispatch_mode_stack()
+    return bool(modes) and all(type(mode) in _CHECKPOINTING for mode in modes)
 
 
 def transformed() -> bool:

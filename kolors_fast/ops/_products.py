@@ -323,13 +323,23 @@ def _has_epilogue(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _chooses(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> bool:
     """Whether torch is not the only one: a float32 product on a CPU of which nothing wants a gradient."""
-    return _measured_kind(x, weight, bias, add) and not _wants_grad(x, weight, bias, add)
+    return (
+        _measured_kind(x, weight, bias, add)
+        and not _library.tracing(x, weight, bias, add)
+        and not _wants_grad(x, weight, bias, add)
+    )
 
 
 def _trains(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """The same where a gradient is wanted, once, and in reverse."""
     fits = x.dim() > 1 and x.shape[-1] == weight.shape[-1] and weight.dim() == 2
-    return fits and _measured_kind(x, weight, bias) and _wants_grad(x, weight, bias) and forward_ad._current_level < 0
+    return (
+        fits
+        and _measured_kind(x, weight, bias)
+        and (not _library.tracing(x, weight, bias) or _library.checkpointing(x, weight, bias))
+        and _wants_grad(x, weight, bias)
+        and forward_ad._current_level < 0
+    )
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
@@ -346,7 +356,6 @@ def _measured_kind(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor |
         and weight.numel() > 0
         and savings.on("products")
         and _backends.forced() != "reference"
-        and not _library.tracing(x, weight, bias, add)
         and not _library.transformed()
         and not torch.is_autocast_enabled("cpu")
     )

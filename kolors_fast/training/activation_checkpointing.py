@@ -12,8 +12,7 @@ the packing of queries and keys, nearest-neighbour upsampling) takes a pass over
 - "full" keeps one tensor of a block, its input, and computes all else anew.
 
 Recomputed values are those of the forward pass bit for bit where kernels are deterministic, so "selective" changes no
-gradient, but on CPUs where oneDNN trains the linear layers: where a dispatch mode watches, torch multiplies. "full"
-adds up residuals between blocks by themselves, not within the next norm, and so differs by rounding.
+gradient. "full" adds up residuals between blocks by themselves, not within the next norm, and so differs by rounding.
 
 Only methods of the blocks are stood in for, on the instance: modules, their names and their parameters stay, so state
 dicts, LoRA layers by path and copies are as before, and FSDP2's hooks lie around what is computed anew.
@@ -26,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +43,7 @@ from kolors_fast.models.unet_blocks import TransformerBlock as UNetBlock
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]  # around a region: forward, and again
 MakesContexts = Callable[[], Contexts]
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_linear_pointwise")  # the last one is oneDNN's
 ATTENTION = ("attention", "attn", "flash")  # in the names of torch's, flash_attn's, xformers' and our own operators
 
 
@@ -122,9 +121,13 @@ def _products_kept() -> Contexts:
 
 
 def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_SAVE if _keeps(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@cache
+def _keeps(operator: Any) -> bool:
     name = operator.name().partition("::")[2].partition(".")[0]
-    keeps = name in PRODUCTS or any(part in name for part in ATTENTION)
-    return CheckpointPolicy.PREFER_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+    return name in PRODUCTS or any(part in name for part in ATTENTION)
 
 
 # ---- blocks that leave nothing to be added by the next one, which then keeps one tensor

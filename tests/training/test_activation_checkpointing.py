@@ -31,6 +31,7 @@ from kolors_fast.models.layers import ResnetBlock, store_convolutions
 from kolors_fast.models.mmdit_blocks import JointBlock, Modulation, Stream
 from kolors_fast.models.pixart_blocks import TransformerBlock as PixArtBlock
 from kolors_fast.models.unet_blocks import TransformerBlock as UNetBlock
+from kolors_fast.ops import _library, _products
 from kolors_fast.training import activation_checkpointing
 from kolors_fast.training.activation_checkpointing import (
     ATTENTION,
@@ -180,6 +181,25 @@ def test_selective_computes_norms_anew_and_no_product(name: str) -> None:
     again = calls(model) - plain
     assert [op for op in again if "norm" in op]
     assert not [op for op in again if op in PRODUCTS or any(part in op for part in ATTENTION)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_linear_layers_that_onednn_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are its own under selective, too, and none is computed anew."""
+    monkeypatch.setattr(_products, "_for_linear", lambda *shapes: ("onednn",))
+    model = model_of(name)
+
+    def run() -> tuple[dict[str, Tensor], Counter[str]]:
+        with Counted() as counted, monkeypatch.context() as patch:
+            patch.setattr(_library, "_CHECKPOINTING", (*_library._CHECKPOINTING, Counted))
+            found = gradients(model, name)
+        return found, counted.calls
+
+    plain, calls = run()
+    checkpoint_activations(model)
+    found, again = run()
+    assert_same(found, plain)
+    assert calls["_linear_pointwise"] > 20 and again["_linear_pointwise"] == calls["_linear_pointwise"]
 
 
 # ---- bytes
