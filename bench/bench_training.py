@@ -6,7 +6,8 @@ A step is the noise-prediction loss of a batch, its backward pass, clipping to a
 `clip_grad_norm_` and fused AdamW behind diffusers' model, the trainer's `clipped_step` behind ours. The providers begin
 with the same weights and must agree on the losses of two steps. diffusers
 reads the captions as its pipeline makes them, 256 states with pads; ours as the trainer's data has them, the equal pads
-as one key with a bias. Latents and text features are given.
+as one key with a bias. Latents and text features are given. "selective" and "full" are ours under
+`checkpoint_activations`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 
 from kolors_fast import KolorsUNet
 from kolors_fast.models.unet_conditioning import collapse_pads
+from kolors_fast.training.activation_checkpointing import checkpoint_activations
 from kolors_fast.training.parallel import World
 from kolors_fast.training.update import clipped_step
 
 diffusers = pytest.importorskip("diffusers", reason="the rival is diffusers, which is not installed")
 
-PROVIDERS = ("diffusers", "diffusers_compile", "kolors_fast")
+PROVIDERS = ("diffusers", "diffusers_compile", "kolors_fast", "kolors_fast_selective", "kolors_fast_full")
 BATCH = 4
 
 
@@ -101,15 +103,23 @@ def _line_up(config: dict[str, Any], side: int, device: str, dtype: torch.dtype,
         other.load_state_dict(weights)
         return _stepping(torch.compile(other), batch, batch["text"])
 
-    def ours() -> Callable[[], Tensor]:
+    def ours(activations: str = "all") -> Callable[[], Tensor]:
         with torch.device("meta"):
             model = KolorsUNet(**config)
+        if activations != "all":
+            checkpoint_activations(model, activations)
         model.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
         collapsed = collapse_pads(batch["text"])
         assert collapsed is not None
         return _stepping(model.requires_grad_(), batch, collapsed[0], _ours, encoder_key_bias=collapsed[1])
 
-    made = {"diffusers": theirs, "diffusers_compile": compiled, "kolors_fast": ours}
+    made: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        "diffusers": theirs,
+        "diffusers_compile": compiled,
+        "kolors_fast": ours,
+        "kolors_fast_selective": lambda: ours("selective"),
+        "kolors_fast_full": lambda: ours("full"),
+    }
     steps = {name: make() for name, make in made.items() if name in selected or name == "diffusers"}
     first = None
     for step in steps.values():

@@ -6,11 +6,12 @@
 # builds the CUDA extension for this GPU, then for the ops (the default) runs their GPU tests and sanitizers and times
 # them; for the models tests the captured denoising step, times one step of Kolors' 2.58B UNet with random weights at
 # 1024x1024 (CFG batch 2, bfloat16) and its parts beside diffusers, and profiles it; for the transformers does the same
-# with SD3-medium, SD3.5-medium and PixArt-XL/2; for training times an update of Kolors' UNet and profiles it. OUTDIR gets a log of each part, rows of each benchmark as JSON, a table
-# (.md) and a chart (.svg). Each is meant to take under nine minutes on 16 cores; a part that fails or takes too long is
-# reported and the others still run. Needs torch with CUDA, triton, pytest, pytest-xdist (compiling thousands of small
-# Triton kernels one after the other takes longer), pytest-benchmark, setuptools, pybind11, ninja, nvcc; the models and
-# transformers diffusers, transformers and accelerate as well, and 80 GB for all providers at once.
+# with SD3-medium, SD3.5-medium and PixArt-XL/2; for training tests that the trainer does on the GPU what it does on the
+# CPU, times an update of Kolors' UNet and profiles it. OUTDIR gets a log of each part, rows of each benchmark as JSON,
+# a table (.md) and a chart (.svg). Each is meant to take under nine minutes on 16 cores; a part that fails or takes too
+# long is reported and the others still run. Needs torch with CUDA, triton, pytest, pytest-xdist (compiling thousands of
+# small Triton kernels one after the other takes longer), pytest-benchmark, setuptools, pybind11, ninja, nvcc; all but
+# the ops diffusers, transformers, accelerate and peft as well, and 80 GB for all providers at once.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bench/run_gpu.sh OUTDIR [ops | models | transformers | training]}
@@ -56,9 +57,10 @@ elif [ "$what" = models ]; then
     bench compiled 240 "unet_step and not reference"
     bench first 60 "first_picture and not compile"
 elif [ "$what" = training ]; then
-    bench step 60 "not compile"
+    part tests 120 python -m pytest tests/training/test_devices.py -q -p no:cacheprovider
+    bench step 90 "not compile"
     part profile 90 python bench/profile_step.py training 60
-    bench compiled 360 "compile"
+    bench compiled 280 "compile"
 else
     part graphs 60 python -m pytest tests/sampling/test_graphs.py -q -p no:cacheprovider
     bench step 90 "test_step and not (compile or autotune or reference)"
