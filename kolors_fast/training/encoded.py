@@ -82,4 +82,4 @@ def pad_left(captions: Tensor, pad_id: int = 0) -> tuple[Tensor, Tensor]:
 def _stored(ids: list[int]) -> Tensor:
     if len(ids) > STORED_TOKENS:
         raise ValueError(f"captions: expected at most {STORED_TOKENS} tokens, got {len(ids)}")
-    return torch.tensor(ids + [ABSENT] * (STORED_TOKENS - len(ids)), dtype=torch.int16)
+    return torch.tensor(ids + [ABSENT] * (STORED_TOKENS - len(ids)), dtype=torch.int32)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,6 +190,27 @@ def stored(tokenizer):
         encoded = tokenizer.encode(text)
         row[: len(encoded)] = torch.tensor(encoded)
     return ids
+
+
+def test_the_largest_of_chatglm3s_tokens_are_kept():
+    """65,024 is the size of its vocabulary."""
+
+    class Tokenizer:
+        def encode(self, text):
+            return [64790, 64792, 65023]
+
+    class Encoder:
+        def __init__(self):
+            self.config, self.device = SimpleNamespace(hidden_size=2), torch.device("cpu")
+
+        def parameters(self):
+            return iter(())
+
+        def text_features_collapsed(self, ids, mask):
+            assert ids[:, -3:].tolist() == [[64790, 64792, 65023]] and mask.sum() == 3
+            return torch.zeros(1, 4, 2), torch.zeros(1, 4), torch.zeros(1, 2)
+
+    assert encode_texts(Encoder(), Tokenizer(), ["any"]).starts.tolist() == [0, 4]
 
 
 def test_captions_are_padded_as_the_tokenizer_does(folder):
