@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,9 @@ from kolors_fast.pipelines.prompts_file.files import recorded
 
 from .clip_score import ClipFolder, clip_scores
 from .fid import Features, frechet_distance, load_features
-from .statistics import Moments
+from .statistics import Moments, Share
 
 Pair = tuple[Image.Image, str | None]  # a picture, and its prompt where it is known
-Share = Callable[[Iterable[Path]], Iterable[Path]]  # this worker's of all files
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -13,6 +13,8 @@ from kolors_fast.data.shapes import HeldOutPrompt, Verdict, judge
 from kolors_fast.data.shapes.captions import LANGUAGES
 from kolors_fast.data.shapes.split import CATEGORIES
 
+from .statistics import Share, gather_over_workers
+
 Generate = Callable[[list[str], int], Sequence[Image.Image]]
 
 
@@ -21,7 +23,7 @@ class Judged:
     """One prompt, the picture drawn for it, and the oracle's verdict."""
 
     asked: HeldOutPrompt
-    picture: Image.Image
+    picture: Image.Image | None  # None: another worker drew it
     verdict: Verdict
 
 
@@ -70,26 +72,34 @@ def evaluate(
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = False,
+    share: Share | None = None,
 ) -> Report:
     """Draws every prompt and judges the pictures.
 
     `generate(prompts, seed)` returns one picture per prompt; it is called with up to `batch_size` prompts at
     a time and with `seed`, `seed + 1`, ... for the successive batches.
+
+    Args:
+        share: takes this worker's batches of all; then every worker calls this, and each gets the whole report.
     """
     if not prompts:
         raise ValueError("prompts must not be empty")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    judged: list[Judged] = []
-    starts = range(0, len(prompts), batch_size)
-    for number, start in enumerate(tqdm(starts, desc="evaluate", disable=not progress)):
+    pictures: dict[int, Image.Image] = {}  # by the prompt's number
+    verdicts: dict[int, Verdict] = {}
+    starts = list((share or iter)(enumerate(range(0, len(prompts), batch_size))))
+    for number, start in tqdm(starts, desc="evaluate", disable=not progress):
         batch = prompts[start : start + batch_size]
-        pictures = generate([one.prompt for one in batch], seed + number)
-        if len(pictures) != len(batch):
-            raise ValueError(f"generate must return {len(batch)} pictures, got {len(pictures)}")
-        for asked, picture in zip(batch, pictures, strict=True):
-            picture = picture.convert("RGB")
-            judged.append(Judged(asked, picture, judge(np.asarray(picture), asked.request)))
+        drawn = generate([one.prompt for one in batch], seed + number)
+        if len(drawn) != len(batch):
+            raise ValueError(f"generate must return {len(batch)} pictures, got {len(drawn)}")
+        for index, (asked, picture) in enumerate(zip(batch, drawn, strict=True), start):
+            pictures[index] = picture.convert("RGB")
+            verdicts[index] = judge(np.asarray(pictures[index]), asked.request)
+    if share is not None:
+        verdicts = {index: one for part in gather_over_workers(verdicts) for index, one in part.items()}
+    judged = (Judged(asked, pictures.get(index), verdicts[index]) for index, asked in enumerate(prompts))
     return Report(tuple(judged))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kolors_fast.models.checkpoint import write_file
+
+T = TypeVar("T")
+
+Share = Callable[[Iterable[Any]], Iterable[Any]]  # takes this worker's of all items
 
 
 class Moments:
@@ -44,18 +49,20 @@ class Moments:
             self._merge(other.count, other.mean, other.scatter)
 
     def all_reduce(self) -> None:
-        """Make the moments those of all workers together; every worker calls it, having seen at least one row.
+        """Make the moments those of all workers together, on the CPU; every worker calls it, also one that saw no rows.
 
         The same merge for many parts: S = sum of S_k + n_k (mean_k - mean)(mean_k - mean)^T.
         """
-        if self.count == 0:
-            raise ValueError("rows: expected at least one on every worker, got none")
-        weighted = torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])])
+        width = max_over_workers(len(self.mean) if self.count else 0)
+        if width == 0:
+            raise ValueError("rows: expected at least one on some worker, got none")
+        zeros = torch.zeros(width, width, dtype=torch.float64)
+        own, scatter = (self.mean.cpu(), self.scatter.cpu()) if self.count else (zeros[0], zeros)
+        weighted = torch.cat([own * self.count, own.new_tensor([self.count])])
         sum_over_workers(weighted)
         count = round(float(weighted[-1]))
         mean = weighted[:-1] / count
-        apart = self.mean - mean
-        scatter = self.scatter + self.count * torch.outer(apart, apart)
+        scatter = scatter + self.count * torch.outer(own - mean, own - mean)
         sum_over_workers(scatter)
         self.count, self.mean, self.scatter = count, mean, scatter
 
@@ -156,3 +163,20 @@ def sum_over_workers(tensor: Tensor) -> None:
     """Replace a tensor by its sum over the workers of torch.distributed; without any it stays."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
+
+
+def max_over_workers(number: int) -> int:
+    """The largest of the workers' numbers; without any the number."""
+    told = torch.tensor(number)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+    return int(told)
+
+
+def gather_over_workers(value: T) -> list[T]:
+    """The values of all workers in order of rank; without any the value alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
