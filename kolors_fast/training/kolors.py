@@ -67,9 +67,10 @@ class KolorsSession(Session):
         else:
             unet = KolorsUNet(**self.recipe.unet)
             zero_residual_branches(unet)
-        pool = self._pool(stage, folder, partial(encode_texts, text_encoder, tokenizer), EncodedCaptions)
+        encode = partial(encode_texts, text_encoder, tokenizer)
+        pool, held_out = self._pools(stage, folder, encode, EncodedCaptions)
         vae = self._frozen(AutoencoderKL, "vae")
-        return EpsilonObjective(unet, vae, text_encoder, tokenizer, pool, stage, streams)
+        return EpsilonObjective(unet, vae, text_encoder, tokenizer, pool, stage, streams, held_out)
 
     def _keep(self, stage: Stage, objective: Objective, module: nn.Module) -> None:
         if isinstance(module, AutoencoderKL) and isinstance(objective, AutoencoderObjective):

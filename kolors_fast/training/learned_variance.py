@@ -32,13 +32,16 @@ _LEAST_PROBABILITY = 1e-12
 
 
 class DiffusionProcess:
-    """q(x_t | x_0) = N(sqrt(A_t) x_0, 1 - A_t) for betas that rise linearly from 1e-4 to 0.02 (Ho et al. 2020).
+    """q(x_t | x_0) = N(sqrt(A_t) x_0, 1 - A_t) with A_t the product of 1 - beta.
 
     Tables [T] are fp32, computed in float64.
+
+    Args:
+        betas: [T]; None: 1000 that rise linearly from 1e-4 to 0.02 (Ho et al. 2020).
     """
 
-    def __init__(self) -> None:
-        betas = torch.linspace(1e-4, 0.02, TRAIN_STEPS, dtype=torch.float64)
+    def __init__(self, betas: Tensor | None = None) -> None:
+        betas = torch.linspace(1e-4, 0.02, TRAIN_STEPS, dtype=torch.float64) if betas is None else betas.double()
         signal = torch.cumprod(1 - betas, dim=0)  # A
         noise = 1 - signal
         before = torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
@@ -109,9 +112,10 @@ class LearnedVarianceObjective(ABC):
         pool: Pool,
         stage: LearnedVarianceStage,
         streams: Streams,
+        held_out: Pool | None = None,
     ) -> None:
         self.module, self.vae, self.encode = module, vae, encode
-        self.pool, self.stage, self.streams = pool, stage, streams
+        self.pool, self.stage, self.streams, self.held_out = pool, stage, streams, held_out
         self.process, self.bins = DiffusionProcess(), bins_up_to(TRAIN_STEPS)
 
     @abstractmethod
@@ -131,7 +135,7 @@ class LearnedVarianceObjective(ABC):
     def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """See `DenoiserObjective`."""
         latents, texts = bucket.mean(items), first_texts(bucket, items)
-        return self._losses(module, latents, texts, noise, (TRAIN_STEPS * times).long())
+        return self._losses(module, latents, texts, noise, (len(self.process.signal) * times).long())
 
     def _losses(self, module: nn.Module, latents: Tensor, texts: Any, noise: Tensor, timesteps: Tensor) -> Tensor:
         signal = self.process.signal[timesteps]

@@ -69,9 +69,10 @@ class MMDiTObjective(ABC):
         pool: Pool,
         stage: DenoiserStage,
         streams: Streams,
+        held_out: Pool | None = None,
     ) -> None:
         self.module, self.vae, self.encoders = mmdit, vae, encoders
-        self.pool, self.stage, self.streams = pool, stage, streams
+        self.pool, self.stage, self.streams, self.held_out = pool, stage, streams, held_out
 
     bins: TimestepBins
 
@@ -135,8 +136,9 @@ class RectifiedFlowObjective(MMDiTObjective):
         pool: Pool,
         stage: RectifiedFlowStage,
         streams: Streams,
+        held_out: Pool | None = None,
     ) -> None:
-        super().__init__(mmdit, vae, encoders, pool, stage, streams)
+        super().__init__(mmdit, vae, encoders, pool, stage, streams, held_out)
         self.density, self.shift, self.bins = parse_density(stage.density), stage.shift, bins_up_to(1)
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
@@ -166,8 +168,9 @@ class EpsilonLinearObjective(MMDiTObjective):
         pool: Pool,
         stage: EpsilonLinearStage,
         streams: Streams,
+        held_out: Pool | None = None,
     ) -> None:
-        super().__init__(mmdit, vae, encoders, pool, stage, streams)
+        super().__init__(mmdit, vae, encoders, pool, stage, streams, held_out)
         self.alpha_bar, self.bins = alpha_bar(TRAIN_STEPS, beta_end=0.012), bins_up_to(TRAIN_STEPS)
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> Tensor:

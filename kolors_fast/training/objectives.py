@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +39,8 @@ _VALIDATION = 2**31 - 1  # a batch that no step trains on
 class Objective(Protocol):
     """A loss that depends on nothing but the weights and the step's number.
 
-    Of a denoiser, `bins` gathers losses by timestep, to be logged.
+    Of a denoiser, `bins` gathers losses by timestep, to be logged, and `held_out`, where there is one, is a pool that
+    the trainer validates it on: see `DenoiserObjective`.
     """
 
     @property
@@ -52,12 +53,14 @@ class Objective(Protocol):
         ...
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """Look at the averaged weights: figures to log; pictures, if any, go to `folder`."""
+        """Look at the averaged weights: figures to log; pictures, if any, go to `folder`. The main process does."""
         ...
 
 
 class DenoiserObjective(Objective, Protocol):
     """An objective over latents of a pool, of which there is a loss at every time."""
+
+    held_out: Pool | None
 
     def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """What `loss` is the mean of, [B], for items [B] of a bucket with their first captions.
@@ -70,9 +73,22 @@ class DenoiserObjective(Objective, Protocol):
 
 
 def validation_loss(
-    objective: DenoiserObjective, module: nn.Module, pool: Pool, *, batch: int, count: int = 8, seed: int = 0
+    objective: DenoiserObjective,
+    module: nn.Module,
+    pool: Pool,
+    *,
+    batch: int,
+    count: int = 8,
+    seed: int = 0,
+    rank: int = 0,
+    size: int = 1,
 ) -> StratifiedLoss:
-    """`stratified_loss` of a module over a pool that it was not trained on, at `count` times."""
+    """`stratified_loss` of a module over a pool that it was not trained on, at `count` times.
+
+    Args:
+        batch: samples at once.
+        rank, size: of several workers, which all call this, each with the whole module.
+    """
     starts = np.cumsum([0, *(len(bucket) for bucket in pool.buckets)])  # items are counted through the buckets
 
     def batches() -> Iterator[Tensor]:
@@ -85,7 +101,8 @@ def validation_loss(
         noise = normal((len(items), *bucket.shape), generators)
         return objective.loss_at(module, bucket, items - int(starts[number]), times, noise)
 
-    return stratified_loss(loss_at, batches(), count=count, seed=seed)
+    mine = islice(batches(), rank, None, size)
+    return stratified_loss(loss_at, mine, count=count, seed=seed, over_workers=size > 1)
 
 
 def first_texts(bucket: Bucket, items: Tensor) -> Any:
@@ -277,9 +294,10 @@ class EpsilonObjective:
         pool: Pool,
         stage: EpsilonStage,
         streams: Streams,
+        held_out: Pool | None = None,
     ) -> None:
         self.module, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
-        self.pool, self.stage, self.streams = pool, stage, streams
+        self.pool, self.stage, self.streams, self.held_out = pool, stage, streams, held_out
         self.alpha_bar = alpha_bar(stage.train_steps, stage.beta_end)  # [T]
         self.bins = bins_up_to(stage.train_steps)
 

@@ -63,19 +63,20 @@ class PixArtSession(Session):
     def _objective(self, stage: Stage, folder: Path) -> Objective:
         vae, streams = self._frozen(AutoencoderKL, "vae"), self._streams(stage)
         if isinstance(stage, ClassConditionalStage):
-            pool = self._pool(stage, folder, encode_kinds, Kinds)
-            return ClassConditionalObjective(self._dit(), vae, encode_kinds, pool, stage, streams)
+            pool, held_out = self._pools(stage, folder, encode_kinds, Kinds)
+            return ClassConditionalObjective(self._dit(), vae, encode_kinds, pool, stage, streams, held_out)
         assert isinstance(stage, CaptionConditionalStage)
         tokenizer = load_tokenizer(self.folder, "tokenizer", "T5Tokenizer")
         text_encoder = load_text_encoder(self.folder, "text_encoder", "T5EncoderModel").to(self.world.device)
         encode = partial(encode_captions, text_encoder, tokenizer)
-        pool, transformer = self._pool(stage, folder, encode, T5Captions), self._transformer()
+        pool, held_out = self._pools(stage, folder, encode, T5Captions)
+        transformer = self._transformer()
         if stage.linear_captions:
             assert transformer.caption_projection is not None
             rng = np.random.default_rng(self.recipe.seed)  # for every process the same
             texts = [caption(sample_training(rng)[0], rng)[0] for _ in range(_FITTED_CAPTIONS)]
             make_linear(transformer.caption_projection, encode(texts).states)
-        return TextObjective(transformer, vae, encode, pool, stage, streams)
+        return TextObjective(transformer, vae, encode, pool, stage, streams, held_out)
 
     def _keep(self, stage: Stage, objective: Objective, module: nn.Module) -> None:
         if isinstance(module, PixArtTransformer):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from kolors_fast.assets import BUNDLED, bundled
-from kolors_fast.data.features import FeatureDataset
 from kolors_fast.models.checkpoint import PretrainedModel, read_json
 from kolors_fast.pipelines.folder import load_components
 from kolors_fast.pipelines.kolors import KolorsPipeline
@@ -32,11 +31,13 @@ from .config import (
 from .devices import device_of
 from .mmdit import RectifiedFlowObjective
 from .monitor import write_grid
-from .objectives import DenoiserObjective, EpsilonObjective, Objective, validation_loss
+from .objectives import DenoiserObjective, EpsilonObjective, Objective
 from .parallel import World
 from .pixart import TextObjective
+from .pool import Pool
 from .precompute import open_features
 from .session import Session
+from .streams import Streams
 
 STAGES: dict[type, type[PoolStage]] = {
     KolorsPipeline: EpsilonStage,
@@ -79,36 +80,33 @@ class PretrainedSession(Session):
         name, no_part = self.kind.denoiser_name, {"scheduler": None}
         parts = {name: self.kind.parts[name]}
         denoiser = load_components(self.folder, parts, None, None, None, given=no_part).components[name]
-        streams = self._streams(stage)
-        nothing: Any = None  # of what only the monitors of the shapes world need
-        made: DenoiserObjective
-        if isinstance(stage, EpsilonStage):
-            made = EpsilonObjective(denoiser, nothing, nothing, nothing, pool, stage, streams)
-        elif isinstance(stage, RectifiedFlowStage):
-            made = RectifiedFlowObjective(denoiser, nothing, nothing, pool, stage, streams)
-        else:
-            assert isinstance(stage, CaptionConditionalStage)
-            made = TextObjective(denoiser, nothing, nothing, pool, stage, streams)
         held_out = open_features(stage.validation, self.source) if stage.validation else None
-        return _Drawing(made, self, stage, held_out)
+        return _Drawing(denoiser_objective(denoiser, pool, stage, self._streams(stage), held_out), self, stage)
 
     def _keep(self, stage: Stage, objective: Objective, module: nn.Module) -> None:
         assert isinstance(module, PretrainedModel)
         module.save_pretrained(self.folder / self.kind.denoiser_name)
 
 
-class _Drawing:
-    """An objective whose monitor draws the stage's prompts by the whole pipeline, each always from the same noise, and
-    takes the loss of validation pictures, always at the same times with the same noise."""
+def denoiser_objective(
+    denoiser: Any, pool: Pool, stage: PoolStage, streams: Streams, held_out: Pool | None = None
+) -> DenoiserObjective:
+    """A stage's objective over features, without what only the monitors of the shapes world need."""
+    nothing: Any = None
+    if isinstance(stage, EpsilonStage):
+        return EpsilonObjective(denoiser, nothing, nothing, nothing, pool, stage, streams, held_out)
+    if isinstance(stage, RectifiedFlowStage):
+        return RectifiedFlowObjective(denoiser, nothing, nothing, pool, stage, streams, held_out)
+    assert isinstance(stage, CaptionConditionalStage)
+    return TextObjective(denoiser, nothing, nothing, pool, stage, streams, held_out)
 
-    def __init__(
-        self,
-        objective: DenoiserObjective,
-        session: PretrainedSession,
-        stage: PoolStage,
-        held_out: FeatureDataset | None,
-    ) -> None:
-        self.objective, self.session, self.stage, self.held_out = objective, session, stage, held_out
+
+class _Drawing:
+    """An objective whose monitor draws the stage's prompts by the whole pipeline, each always from the same noise."""
+
+    def __init__(self, objective: DenoiserObjective, session: PretrainedSession, stage: PoolStage) -> None:
+        self.objective, self.session, self.stage = objective, session, stage
+        self.held_out, self.loss_at = objective.held_out, objective.loss_at
         self.bins = getattr(objective, "bins", None)
 
     @property
@@ -119,9 +117,7 @@ class _Drawing:
         return self.objective.loss(step)
 
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        prompts, session, figures = list(self.stage.prompts), self.session, {}
-        if self.held_out is not None:
-            figures = validation_loss(self.objective, averaged, self.held_out, batch=self.stage.batch).figures()
+        prompts, session = list(self.stage.prompts), self.session
         if prompts:
             pipeline: Any = load_pipeline(session.folder, **{session.kind.denoiser_name: averaged})
             pipeline.set_progress_bar_config(disable=True)
@@ -131,7 +127,7 @@ class _Drawing:
             with torch.autocast(device.type, enabled=False):
                 pictures = pipeline(prompts, num_inference_steps=20, generator=noise).images
             write_grid(np.stack([np.asarray(picture) for picture in pictures]), folder / f"{step:06d}.png")
-        return figures
+        return {}
 
 
 def _link(source: str, target: str) -> None:

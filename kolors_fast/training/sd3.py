@@ -66,12 +66,12 @@ class SD3Session(Session):
         else:
             mmdit = MMDiT(**self.recipe.transformer)
             draw_mmdit(mmdit)
-        pool = self._pool(stage, folder, partial(encode_captions, self.encoders), SD3Captions)
+        pool, held_out = self._pools(stage, folder, partial(encode_captions, self.encoders), SD3Captions)
         parts = mmdit, self._frozen(AutoencoderKL, "vae"), self.encoders, pool
         if isinstance(stage, RectifiedFlowStage):
-            return RectifiedFlowObjective(*parts, stage, streams)
+            return RectifiedFlowObjective(*parts, stage, streams, held_out)
         assert isinstance(stage, EpsilonLinearStage)
-        return EpsilonLinearObjective(*parts, stage, streams)
+        return EpsilonLinearObjective(*parts, stage, streams, held_out)
 
     def _keep(self, stage: Stage, objective: Objective, module: nn.Module) -> None:
         if isinstance(objective, TextEncoderObjective) and isinstance(stage, TextEncoderStage):

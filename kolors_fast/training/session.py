@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -23,6 +24,8 @@ from .parallel import World
 from .pool import Captions, Encode, Pool, build_pool
 from .streams import Streams
 from .trainer import Trainer, computing_in
+
+VALIDATION_SCENES = 64
 
 ModelT = TypeVar("ModelT", bound=PretrainedModel)
 
@@ -88,19 +91,24 @@ class Session(ABC):
     def _trained(self, name: str) -> bool:
         return (self.folder / name / "config.json").exists()
 
-    def _pool(self, stage: PoolStage, folder: Path, encode: Encode, kind: type[Captions]) -> Pool:
-        """The stage's features; or its scenes, encoded by the autoencoder and the system's text encoders, in a file
-        that the main process makes."""
+    def _pools(self, stage: PoolStage, folder: Path, encode: Encode, kind: type[Captions]) -> tuple[Pool, Pool | None]:
+        """What a stage is trained and what it is validated on: its features; or scenes, encoded by the autoencoder and
+        the system's text encoders, in files that the main process makes."""
         if stage.features:
-            return FeatureDataset(stage.features, kind, synthetic=stage.synthetic, seed=self.recipe.seed)
-        vae, cache = self._frozen(AutoencoderKL, "vae"), folder / "pool.safetensors"
+            features = FeatureDataset(stage.features, kind, synthetic=stage.synthetic, seed=self.recipe.seed)
+            return features, FeatureDataset(stage.validation, kind) if stage.validation else None
+        vae, streams = self._frozen(AutoencoderKL, "vae"), self._streams(stage)
+        others, one_caption = replace(streams, stage=f"{stage.name} validation"), replace(stage, captions=1)
         if not self.world.is_main:
             self.world.wait()
         with computing_in(stage.precision, self.world.device.type):
-            pool = build_pool(vae, encode, kind, stage, self._streams(stage), stage.scenes, cache)
+            pool = build_pool(vae, encode, kind, stage, streams, stage.scenes, folder / "pool.safetensors")
+            held_out = build_pool(
+                vae, encode, kind, one_caption, others, VALIDATION_SCENES, folder / "validation.safetensors"
+            )
         if self.world.is_main:
             self.world.wait()
-        return pool
+        return pool, held_out
 
     def _take(self, kind: type[PretrainedModel], name: str, table: dict[str, Any]) -> None:
         """Copy the `pretrained` component that a model table names; its other keys change the config."""

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,9 @@ from .config import Stage
 from .ema import EMA
 from .gradient_scaling import BlockGradientScaler
 from .log import Log
-from .objectives import Objective
+from .objectives import DenoiserObjective, Objective, validation_loss
 from .parallel import World, gather_into
+from .pool import Pool
 from .report import write_report
 from .update import clipped_step
 
@@ -246,15 +247,26 @@ class Trainer:
 
     def _monitor(self) -> None:
         average = self._average()
-        if self.world.is_main:
-            with computing_in(self.stage.precision, self.world.device.type):
-                figures = self.objective.monitor(average, self.folder / "samples", self.step)
-            if self.log is not None:
-                self.log.picture(self.step, self.folder / "samples" / f"{self.step:06d}.png")
+        with computing_in(self.stage.precision, self.world.device.type):
+            figures = self._validate(average)
+            if self.world.is_main:
+                figures = self.objective.monitor(average, self.folder / "samples", self.step) | figures
+        if self.log is not None:
+            self.log.picture(self.step, self.folder / "samples" / f"{self.step:06d}.png")
             if figures:
                 self._log(figures)
                 tqdm.write(f"{self.stage.name} {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
         self.world.wait()
+
+    def _validate(self, average: nn.Module) -> dict[str, float]:
+        """The loss of pictures that are held out. Each process takes its share of them; where the weights are sharded
+        the main one takes all, for it alone has a whole average."""
+        held_out: Pool | None = getattr(self.objective, "held_out", None)
+        if held_out is None or (self.world.sharded and not self.world.is_main):
+            return {}
+        rank, size = (0, 1) if self.world.sharded else (self.world.rank, self.world.size)
+        objective, batch = cast(DenoiserObjective, self.objective), max(1, self.stage.batch // self.world.size)
+        return validation_loss(objective, average, held_out, batch=batch, rank=rank, size=size).figures()
 
     def _log(self, figures: dict[str, float]) -> None:
         if self.log is not None:

@@ -66,6 +66,18 @@ def resume_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def validate_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """What the main process logs of pictures that are held out, and how many it looked at."""
+    return {f"{e} {name}": validated(folder, name, World(rank, size, e)) for e in ENGINES[:2] for name in NAMES}
+
+
+def validated(folder: Path, name: str, world: World) -> tuple[dict[str, float], int]:
+    one: Any = trainer(folder / world.engine / name, name, world)
+    one.objective.held_out, loss_at, seen = one.objective.pool, one.objective.loss_at, []
+    one.objective.loss_at = lambda *arguments: seen.append(len(arguments[2])) or loss_at(*arguments)
+    return one._validate(one._average()), sum(seen) // 8  # times
+
+
 def spawn(work: Callable[[int, int, Path], dict[str, Any]], size: int, folder: Path) -> dict[str, Any]:
     """What the main process of `size` of them returns."""
     with socket.socket() as free:
@@ -131,6 +143,20 @@ def test_any_number_of_processes_trains_the_same(
     if size == 4:
         for (*_, name), result in spawn(resume_all, 2, tmp_path).items():
             assert_same(result, alone[name])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo on Linux")
+def test_two_processes_validate_as_one_does(tmp_path: Path) -> None:
+    """Sharing the work, or by the main one where no other has whole weights."""
+    found = spawn(validate_all, 2, tmp_path)
+    assert len(found) == 6
+    for name in NAMES:
+        alone, items = validated(tmp_path, name, World())
+        assert len(alone) == 10 and items == 48
+        for engine in ENGINES[:2]:
+            figures, items = found[f"{engine} {name}"]
+            assert figures == pytest.approx(alone, rel=1e-5)
+            assert items == (24 if engine == "ddp" else 48)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:

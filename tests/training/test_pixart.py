@@ -250,6 +250,16 @@ def test_dropped_captions_are_empty_ones(given, output):
 
 
 @pytest.mark.parametrize("place", [0, 1])
+def test_stages_are_validated(given, output, tmp_path, place):
+    session = PixArtSession(load_recipe(given / "miniature.toml"), output, World())
+    stage = session.recipe.stages[place]
+    objective = session._objective(stage, tmp_path)
+    assert sum(map(len, objective.held_out.buckets)) == 64
+    found = Trainer(stage, objective, tmp_path)._validate(objective.module.eval())
+    assert len(found) == 10 and 0 < found["validation loss error"] < found["validation loss"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
 def test_monitor_draws_and_judges(given, output, tmp_path, place):
     session = PixArtSession(load_recipe(given / "miniature.toml"), output, World())
     stage = session.recipe.stages[place]

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
+from kolors_fast.cli import main
 from kolors_fast.models.unet import KolorsUNet
 from kolors_fast.pipelines.kolors import KolorsPipeline
 from kolors_fast.training import export, run
@@ -15,10 +18,16 @@ from kolors_fast.training.config import load_recipe
 from kolors_fast.training.encoded import ABSENT, EncodedCaptions, encode_captions, encode_texts, pad_left
 from kolors_fast.training.kolors import KolorsSession
 from kolors_fast.training.monitor import validation_prompts
+from kolors_fast.training.objectives import (
+    AutoencoderObjective,
+    EpsilonObjective,
+    LanguageModelObjective,
+    validation_loss,
+)
 from kolors_fast.training.parallel import World
 from kolors_fast.training.pool import build_pool
 from kolors_fast.training.streams import Streams
-from kolors_fast.training.trainer import Trainer, computing_in
+from kolors_fast.training.trainer import computing_in
 
 RECIPE = """
 name = "miniature"
@@ -113,11 +122,12 @@ square_share = 0.5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The recipe's file and what a run of it left; nobody is monitored, for drawing takes longer than all the rest."""
+    """The recipe's file and what a run of it left; nothing is drawn, which takes longer than all the rest."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "miniature.toml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_monitor", lambda self: None)
+        for kind in (AutoencoderObjective, LanguageModelObjective, EpsilonObjective):
+            patch.setattr(kind, "monitor", lambda self, averaged, folder, step: {"monitored": 1.0})
         run(folder / "miniature.toml", folder / "out", stages=["autoencoder", "language model"])
         run(folder / "miniature.toml", folder / "out")
     return folder
@@ -148,6 +158,45 @@ def test_a_finished_run_is_left_alone(folder):
     before = weights.stat().st_mtime_ns
     run(folder / "miniature.toml", folder / "out")
     assert weights.stat().st_mtime_ns == before
+
+
+def figures(folder, stage):
+    lines = (folder / "out" / stage / "log.jsonl").read_text().splitlines()
+    return next(line for line in map(json.loads, lines) if "monitored" in line)
+
+
+def test_stages_over_a_pool_are_validated_on_scenes_of_their_own(folder):
+    """Beside what the monitor finds, by the averaged weights, on scenes that are not those trained on."""
+    assert set(figures(folder, "autoencoder")) == {"step", "monitored"}
+    session = KolorsSession(load_recipe(folder / "miniature.toml"), folder / "out", World())
+    for stage in session.recipe.stages[2:]:
+        logged = figures(folder, stage.name)
+        assert sum(name.startswith("validation loss/t 0.") for name in logged) == 8
+        assert 0 < logged["validation loss error"] < logged["validation loss"]
+        pool, held_out = (load_file(folder / "out" / stage.name / f"{n}.safetensors") for n in ("pool", "validation"))
+        latents = [value for name, value in held_out.items() if name.startswith("latents")]
+        assert sum(map(len, latents)) == 64
+        for size in {name for name in pool if name.startswith("latents")} & set(held_out):
+            trained_on = {row.numpy().tobytes() for row in pool[size]}
+            assert not trained_on & {row.numpy().tobytes() for row in held_out[size]}
+    objective = session._objective(stage, folder / "out" / stage.name)  # with what the last stage left
+    with computing_in(stage.precision):
+        again = validation_loss(objective, objective.module.eval(), objective.held_out, batch=stage.batch)
+    assert again.items == 64 and logged["validation loss"] == pytest.approx(again.total, rel=1e-6)
+
+
+def test_features_are_validated_on_those_that_the_stage_names(folder, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for n in range(3):
+        Image.new("RGB", (64, 64), (90 * n, 0, 0)).save(tmp_path / "pictures" / f"{n}.png")
+        (tmp_path / "pictures" / f"{n}.txt").write_text("red")
+    made = ["--model", str(folder / "out" / "pipeline"), "--area", "64", "--min", "64", "--limit", "64"]
+    assert main(["precompute", str(tmp_path / "pictures"), "-o", str(tmp_path / "features"), *made]) == 0
+    session = KolorsSession(load_recipe(folder / "miniature.toml"), folder / "out", World())
+    stage = replace(session.recipe.stages[3], features=str(tmp_path / "features"))
+    assert session._objective(stage, tmp_path / "stage").held_out is None
+    objective = session._objective(replace(stage, validation=str(tmp_path / "features")), tmp_path / "stage")
+    assert validation_loss(objective, objective.module, objective.held_out, batch=2).items == 3
 
 
 def test_unknown_stages_are_refused(folder):

@@ -207,6 +207,16 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(folder, tmp_path):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("place", [3, 4])
+def test_stages_over_a_pool_are_validated(folder, tmp_path, place):
+    one = session(folder)
+    stage = one.recipe.stages[place]
+    objective = one._objective(stage, tmp_path)
+    assert sum(map(len, objective.held_out.buckets)) == 64
+    found = Trainer(stage, objective, tmp_path)._validate(objective.module.eval())
+    assert len(found) == 10 and 0 < found["validation loss error"] < found["validation loss"]
+
+
 def parts(one, stage, folder):
     """Model, autoencoder, encoders and pool of a stage."""
     made = one._objective(stage, folder)
