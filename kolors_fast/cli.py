@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .drawing import check_folder, draw, load
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -37,10 +39,21 @@ same parameters, and refuses one with others unless told to --overwrite. A line 
 rest go on, and the exit status is 1. By torchrun each worker draws its share of the pictures on its own GPU.
 """
 
+_EVALUATE = """
+Draws held-out prompts of the shapes world and lets its oracle judge the pictures. By torchrun each worker takes its
+share: of the batches of pictures here, of the files or samples below. The first one prints and writes the whole.
+"""
+
 _MEASURES = """
 Beside the oracle's verdicts: the Frechet distance (FID, where SPEC is Inception) of the pictures to a REFERENCE, and
 the CLIP-score of pictures and prompts. SPEC is given uint8 pictures [B, 3, H, W] and returns features [B, D]. Pictures
-of a FOLDER are measured alone, with the prompts that generate put into them; by torchrun each worker takes its share.
+of a FOLDER are measured alone, with the prompts that generate put into them.
+"""
+
+_VALIDATION = """
+The loss of any model on a folder that precompute made with its autoencoder and text encoders; nothing is drawn. It is
+taken at eight equidistant times, which weigh the same, and of one --seed always with the same noise, so that two
+checkpoints can be compared.
 """
 
 
@@ -63,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--overwrite", action="store_true", help="draw again a picture there with other parameters")
     _add_sampling(generate)
 
-    evaluate = commands.add_parser("evaluate", help="judge a model on held-out prompts of the shapes world")
+    evaluate = commands.add_parser("evaluate", help="judge a model, by pictures or by its loss", description=_EVALUATE)
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("-n", "--prompts", type=int, default=200, help="how many, half of them Chinese")
     evaluate.add_argument("--seed", type=int, default=0)
@@ -75,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     measures.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIPModel with tokenizer and processor")
     measures.add_argument("--save-statistics", type=Path, metavar="FILE.safetensors", help="to be a REFERENCE later")
     measures.add_argument("--pictures", type=Path, metavar="FOLDER", help="of these, and draw none")
+    loss = evaluate.add_argument_group("validation loss", _VALIDATION)
+    loss.add_argument("--validation", type=Path, metavar="FEATURES", help="folder of precompute's")
     _add_sampling(evaluate)
 
     train = commands.add_parser("train", help="train a model from a recipe")
@@ -142,80 +157,6 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=["reference", "cpu", "triton", "cuda"], help="force one for every op")
 
 
-def _load(options: argparse.Namespace, pictures: int = 1) -> Any:
-    """The pipeline, under a memory limit the one that can draw so many pictures in one call."""
-    import torch
-
-    from .ops import use_backend
-    from .pipelines.load import pipeline_class
-
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: expected cpu, for torch sees no CUDA device, got {device!r}")
-    if options.cuda_graphs and torch.device(device).type != "cuda":
-        raise ValueError(f"--cuda-graphs: expected a CUDA device, got {device!r}")
-    dtype = getattr(torch, options.dtype or ("float16" if device.startswith("cuda") else "float32"))
-    use_backend(options.backend)
-    kind = pipeline_class(options.model)
-    own = _kolors_options(options, kind, dtype, device, pictures)
-    pipeline = kind.from_pretrained(options.model, torch_dtype=dtype, variant=options.variant, device=device, **own)
-    if options.cuda_graphs:
-        import logging
-
-        logging.basicConfig(format="kolors-fast: %(message)s")
-        logging.getLogger(__package__).setLevel(logging.INFO)  # tells what each graph costs in memory
-        pipeline.enable_cuda_graphs()
-    return pipeline
-
-
-def _kolors_options(options: argparse.Namespace, kind: Any, dtype: Any, device: str, pictures: int) -> dict[str, Any]:
-    """What `from_pretrained` takes for Kolors alone; printed is the plan of a memory limit."""
-    from .pipelines.folder import load_configs
-    from .pipelines.kolors import KolorsPipeline
-    from .pipelines.memory import plan_memory
-
-    limit, bits = getattr(options, "memory_limit", None), options.text_encoder_quantization
-    if not issubclass(kind, KolorsPipeline):
-        for name, value in (("memory-limit", limit), ("text-encoder-quantization", bits)):
-            if value is not None:
-                raise ValueError(f"--{name}: expected none with a {kind.index_name}, which has no such, got {value!r}")
-        return {}
-    if limit is None:
-        return {"text_encoder_quantization": bits}
-    if options.compare_reference:
-        raise ValueError("--memory-limit: expected none with --compare-reference, which takes more memory")
-    plan = plan_memory(
-        limit,
-        load_configs(options.model, kind.parts),
-        height=options.height,
-        width=options.width,
-        pictures=pictures,
-        dtype=dtype,
-        device=device,
-        quantization=bits,
-    )
-    print(plan)
-    return {"text_encoder_quantization": bits, "memory_limit": plan}
-
-
-def _draw(pipeline: Any, options: argparse.Namespace, prompts: list[str], seeds: list[int]) -> list[Any]:
-    """One picture per prompt, its noise from its own seed, so that a picture does not depend on its neighbours."""
-    import torch
-
-    negative = None if options.negative_prompt is None else [options.negative_prompt] * len(prompts)
-    images: list[Any] = pipeline(
-        prompts,
-        negative_prompt=negative,
-        height=options.height,
-        width=options.width,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        **pipeline.typed,
-    ).images
-    return images
-
-
 def _generate(options: argparse.Namespace) -> int:
     generate = _generate_prompts if options.prompts_file is None else _generate_file
     if not options.nvtx:
@@ -234,11 +175,11 @@ def _generate_prompts(options: argparse.Namespace) -> int:
     options.output = options.output or Path("out.png")
     if options.output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"--output: expected a picture's name such as out.png, got {str(options.output)!r}")
-    _check_folder(options.output)
+    check_folder(options.output)
     pairs = [(prompt, seed) for prompt in options.prompt for seed in options.seed]
-    pipeline = _load(options, len(pairs))
+    pipeline = load(options, len(pairs))
     prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
-    images = _draw(pipeline, options, prompts, seeds)
+    images = draw(pipeline, options, prompts, seeds)
     if options.compare_reference:
         _compare(pipeline, options, prompts, seeds)
     if len(images) > 1 and options.grid:
@@ -281,7 +222,7 @@ def _generate_file(options: argparse.Namespace) -> int:
     failed = draw_prompts_file(
         options.prompts_file,
         options.output,
-        lambda: _load(options, batch),
+        lambda: load(options, batch),
         defaults,
         batch=batch,
         overwrite=options.overwrite,
@@ -304,7 +245,7 @@ def _compare(pipeline: Any, options: argparse.Namespace, prompts: list[str], see
     for backend in (options.backend, "reference"):
         with use_backend(backend):
             started = time.perf_counter()
-            pictures.append(np.stack([np.asarray(i) for i in _draw(pipeline, options, prompts, seeds)]).astype(float))
+            pictures.append(np.stack([np.asarray(i) for i in draw(pipeline, options, prompts, seeds)]).astype(float))
             seconds.append(time.perf_counter() - started)
     error = np.abs(pictures[0] - pictures[1])
     mse = np.square(error).mean()
@@ -314,83 +255,9 @@ def _compare(pipeline: Any, options: argparse.Namespace, prompts: list[str], see
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    import json
+    from .evaluate import evaluate
 
-    from .data.shapes import held_out_prompts
-    from .data.shapes.captions import LANGUAGES
-    from .data.shapes.split import CATEGORIES
-    from .evaluation.shapes import evaluate
-
-    for name in ("prompts", "batch"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    for output in (options.output, options.save_statistics):
-        if output is not None:
-            _check_folder(output)
-    if options.pictures is not None:
-        return _measure_folder(options)
-    measures = _measures(options)
-    pipeline = _load(options)
-    pipeline.set_progress_bar_config(disable=True)
-
-    def generate(prompts: list[str], batch: int) -> list[Any]:
-        return _draw(pipeline, options, prompts, [options.batch * batch + i for i in range(len(prompts))])
-
-    asked = held_out_prompts(options.prompts, options.seed)
-    report = evaluate(generate, asked, batch_size=options.batch, seed=options.seed, progress=True)
-    measures.update((one.picture, one.asked.prompt) for one in report.judged)
-    print(report)
-    figures = _tell(measures, options)
-    if options.output is not None:
-        groups = {"all": (None, None)} | {c: (c, None) for c in CATEGORIES} | {g: (None, g) for g in LANGUAGES}
-        counts = {name: report.count(*group) for name, group in groups.items()}
-        table = {name: {"correct": right, "prompts": of} for name, (right, of) in counts.items()}
-        wrong = [{"prompt": one.asked.prompt, "reasons": one.verdict.reasons} for one in report.wrong]
-        told = {**table, **({"measures": figures} if figures else {}), "wrong": wrong}
-        _write(options.output, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
-
-
-def _measures(options: argparse.Namespace, **share: Any) -> Any:
-    import torch
-
-    from .evaluation.pictures import Measures
-
-    if (options.features is None) != (options.fid is None and options.save_statistics is None):
-        raise ValueError("--features: expected together with --fid or --save-statistics, got one without the other")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Measures(options.features, options.fid, options.clip, device=device, batch=options.batch, **share)
-
-
-def _measure_folder(options: argparse.Namespace) -> None:
-    """Measure the pictures of a folder, under torchrun together with the other workers."""
-    import json
-
-    from .evaluation.pictures import picture_files, read
-    from .pipelines.prompts_file import Worker
-    from .training.parallel import World
-
-    if options.features is None and options.clip is None:
-        raise ValueError("--pictures: expected --features or --clip with it, got neither")
-    files, worker = picture_files(options.pictures), Worker.from_environment()
-    options.device = worker.device(options.device)
-    world = World.join()
-    measures = _measures(options, share=worker.share)
-    measures.update(read(worker.share(files)))
-    measures.all_reduce()
-    world.leave()
-    if world.is_main:
-        figures = _tell(measures, options)
-        if options.output is not None:
-            _write(options.output, json.dumps({"measures": figures}, indent=1) + "\n")
-
-
-def _tell(measures: Any, options: argparse.Namespace) -> dict[str, float]:
-    figures: dict[str, float] = measures.figures()
-    for name, value in figures.items():
-        print(f"{name}: {value:.6g}")
-    if options.save_statistics is not None:
-        measures.save(options.save_statistics)
-    return figures
+    evaluate(options)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -451,26 +318,11 @@ def _info(options: argparse.Namespace) -> None:
         print(f"op {name}: {', '.join(spec.columns)}; gradients: {', '.join(spec.gradients) or 'none'}")
 
 
-def _check_folder(output: Path) -> None:
-    """Before hours of work: can the result be written at all?"""
-    if not output.parent.is_dir():
-        raise ValueError(f"--output: expected a name in an existing folder, got {str(output)!r}")
-
-
 def _save(image: Any, name: Path) -> None:
     """Beside, then renamed: a picture is there whole or not at all."""
     beside = name.with_name(f".{name.stem}.part{name.suffix}")
     try:
         image.save(beside)
-        beside.replace(name)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _write(name: Path, text: str) -> None:
-    beside = name.with_name(f".{name.name}.part")
-    try:
-        beside.write_text(text)
         beside.replace(name)
     finally:
         beside.unlink(missing_ok=True)

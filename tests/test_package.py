@@ -22,7 +22,7 @@ RANKS = {
     **dict.fromkeys(("ops", "schedulers", "data"), 1),
     **dict.fromkeys(("models", "sampling"), 2),
     **dict.fromkeys(("pipelines", "training", "evaluation"), 3),
-    **dict.fromkeys(("cli", "ranges", "benchmark", "benchmark_models", "benchmark_report"), 4),
+    **dict.fromkeys(("cli", "drawing", "evaluate", "ranges", "benchmark", "benchmark_models", "benchmark_report"), 4),
 }
 
 

@@ -39,6 +39,11 @@ class StratifiedLoss:
     total_error: float
     items: int
 
+    def __str__(self) -> str:
+        rows = zip(self.times, self.losses, self.errors, strict=True)
+        lines = [f"validation loss: {self.total:.6g} ± {self.total_error:.2g} ({self.items} samples)"]
+        return "\n".join([*lines, *(f"  at time {t:.4g}: {loss:.6g} ± {error:.2g}" for t, loss, error in rows)])
+
     def figures(self) -> dict[str, float]:
         """To be logged, by name."""
         by_time = {f"validation loss/t {t:.3g}": loss for t, loss in zip(self.times, self.losses, strict=True)}

@@ -41,8 +41,8 @@ class Loaded(NamedTuple):
 
 
 def load_index(path_or_id: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
-    """model_index.json of a folder, a Hub id or a bundled model, and where it lies."""
-    index_file = model_folder(_resolved(path_or_id), None, [INDEX]) / INDEX
+    """model_index.json of a folder, a Hub id or a bundled model, and where it lies beside the folders of configs."""
+    index_file = model_folder(_resolved(path_or_id), None, [INDEX, "*/config.json"]) / INDEX
     return read_json(index_file), index_file
 
 
