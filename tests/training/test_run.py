@@ -33,8 +33,8 @@ RECIPE = """
 name = "miniature"
 seed = 3
 [tokenizer]
-pieces = 400
-captions = 300
+pieces = 560
+captions = 600
 [vae]
 latent_channels = 4
 block_out_channels = [4, 4, 8, 8]
@@ -44,7 +44,7 @@ layers_per_block = 1
 norm_num_groups = 2
 [text_encoder]
 num_layers = 2
-padded_vocab_size = 416
+padded_vocab_size = 576
 hidden_size = 16
 ffn_hidden_size = 16
 kv_channels = 8
