@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .data.shapes import held_out_prompts
 from .data.shapes.captions import LANGUAGES
 from .data.shapes.split import CATEGORIES
@@ -26,12 +24,10 @@ from .training.validation import pipeline_validation_loss
 def evaluate(options: argparse.Namespace) -> None:
     """Print what is asked for, and write it as JSON; of several workers the main one does."""
     _check(options)
-    worker = Worker.from_environment()
-    options.device = worker.device(options.device)
-    options.device, dtype = device_and_dtype(options)
-    world = World.join()
+    worker, world = Worker.from_environment(), World.join(device=options.device)
+    options.device = str(world.device)
     if options.validation is not None:
-        told = _validation(options, dtype, worker, world)
+        told = _validation(options, worker, world)
     elif options.pictures is not None:
         told = _folder(options, worker, world)
     else:
@@ -60,15 +56,16 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--pictures: expected --features or --clip with it, got neither")
 
 
-def _validation(options: argparse.Namespace, dtype: torch.dtype, worker: Worker, world: World) -> dict[str, Any]:
+def _validation(options: argparse.Namespace, worker: Worker, world: World) -> dict[str, Any]:
     """The loss of precomputed features."""
     use_backend(options.backend)
+    device, dtype = device_and_dtype(options)
     found = pipeline_validation_loss(
         options.model,
         options.validation,
         torch_dtype=dtype,
         variant=options.variant,
-        device=options.device,
+        device=device,
         batch=options.batch,
         seed=options.seed,
         rank=worker.rank,
