@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -99,9 +100,18 @@ def test_log_forgets_what_is_done_again(tmp_path):
     log.close()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 400, "lo')  # killed while writing
-    Log(tmp_path, 200).write(300, {"loss": 1.0})
+    resumed = Log(tmp_path, 200)
+    resumed.write(300, {"loss": 1.0})
+    resumed.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(100, 100 / 7), (200, 200 / 7), (300, 1.0)]
+    if find_spec("tensorboard") is not None:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        shown = [(event.step, event.value) for event in events.Scalars("loss")]
+        assert shown == [(100, pytest.approx(100 / 7)), (200, pytest.approx(200 / 7)), (300, 1.0)]
 
 
 def test_learning_rate_schedule(tmp_path):
