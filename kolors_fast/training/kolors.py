@@ -44,8 +44,7 @@ class KolorsSession(Session):
         return ChatGLMTokenizer.from_pretrained(self.folder, subfolder="tokenizer")
 
     def _prepare(self) -> None:
-        if not (self.folder / "tokenizer").exists():
-            train_tokenizer(self.recipe.tokenizer, self.recipe.seed, self.folder / "tokenizer")
+        self._once("tokenizer", partial(train_tokenizer, self.recipe.tokenizer, self.recipe.seed))
         EulerDiscreteScheduler.from_config(self.recipe.scheduler).save_pretrained(self.folder / "scheduler")
 
     def _objective(self, stage: Stage, folder: Path) -> Objective:

@@ -57,8 +57,7 @@ class PixArtSession(Session):
             save_text_encoder(
                 load_text_encoder(source.parent, source.name, "T5EncoderModel"), self.folder / "text_encoder"
             )
-        if not (self.folder / "tokenizer").exists():
-            shutil.copytree(pretrained_folder(self.recipe.tokenizer["pretrained"]), self.folder / "tokenizer")
+        self._once("tokenizer", partial(shutil.copytree, pretrained_folder(self.recipe.tokenizer["pretrained"])))
 
     def _objective(self, stage: Stage, folder: Path) -> Objective:
         vae, streams = self._frozen(AutoencoderKL, "vae"), self._streams(stage)

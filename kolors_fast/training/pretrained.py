@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ class PretrainedSession(Session):
 
     def _prepare(self) -> None:
         for part in sorted(self.source.iterdir()):
-            if part.is_dir() and not (self.folder / part.name).exists():
-                shutil.copytree(part, self.folder / part.name, copy_function=_link)
+            if part.is_dir():
+                self._once(part.name, partial(shutil.copytree, part, copy_function=_link))
 
     def _objective(self, stage: Stage, folder: Path) -> Objective:
         expected = next(kind for pipeline, kind in STAGES.items() if issubclass(self.kind, pipeline))

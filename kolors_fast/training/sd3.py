@@ -45,10 +45,8 @@ class SD3Session(Session):
     def _prepare(self) -> None:
         recipe = self.recipe
         for name, pad in (("tokenizer", END), ("tokenizer_2", PAD_OF_BIGG)):
-            if not (self.folder / name).exists():
-                train_clip_tokenizer(recipe.tokenizer, recipe.seed, self.folder / name, pad)
-        if not (self.folder / "tokenizer_3").exists():
-            train_t5_tokenizer(recipe.tokenizer_3, recipe.seed, self.folder / "tokenizer_3")
+            self._once(name, partial(train_clip_tokenizer, recipe.tokenizer, recipe.seed, pad=pad))
+        self._once("tokenizer_3", partial(train_t5_tokenizer, recipe.tokenizer_3, recipe.seed))
         self._take(AutoencoderKL, "vae", recipe.vae)
         FlowMatchEulerDiscreteScheduler.from_config(recipe.scheduler).save_pretrained(self.folder / "scheduler")
 

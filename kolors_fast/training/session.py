@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -109,6 +112,14 @@ class Session(ABC):
         if self.world.is_main:
             self.world.wait()
         return pool, held_out
+
+    def _once(self, name: str, make: Callable[[Path], object]) -> None:
+        """Let `make` write a part of the folder, unless it is there; what a killed run left unfinished is not."""
+        if not (self.folder / name).exists():
+            scratch = self.folder / f".{name}.tmp"
+            shutil.rmtree(scratch, ignore_errors=True)
+            make(scratch)
+            os.replace(scratch, self.folder / name)
 
     def _take(self, kind: type[PretrainedModel], name: str, table: dict[str, Any]) -> None:
         """Copy the `pretrained` component that a model table names; its other keys change the config."""
