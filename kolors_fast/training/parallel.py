@@ -66,7 +66,9 @@ class World:
         if worker.count == 1:
             return cls(device=chosen)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            store, rank, size = next(dist.rendezvous("env://"))
+            dist.init_process_group(backend, store=_of_this_start(store), rank=rank, world_size=size)
         return cls(dist.get_rank(), dist.get_world_size(), engine, chosen)
 
     def leave(self) -> None:
@@ -88,10 +90,10 @@ class World:
             dist.barrier()
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in some process."""
+        """Whether it is so in some process; asked on the CPU, so that no device is waited for."""
         if self.size == 1:
             return flag
-        told = torch.tensor(float(flag), device=self.device)
+        told = torch.tensor(float(flag))
         dist.all_reduce(told, dist.ReduceOp.MAX)
         return bool(told)
 
@@ -166,6 +168,18 @@ class _Losses(nn.Module):
 
     def forward(self, step: int) -> Tensor:
         return self.objective.loss(step)
+
+
+def _of_this_start(store: dist.Store) -> dist.Store:
+    """The store without what workers that torchrun has restarted since left in it: their addresses, where nobody is.
+
+    torchrun's store outlives its workers. It counts their starts, and that count is the same for all where one
+    torchrun has started them all.
+    """
+    count, everybody = os.environ.get("TORCHELASTIC_RESTART_COUNT"), os.environ["WORLD_SIZE"]
+    if count is None or os.environ.get("LOCAL_WORLD_SIZE") != everybody:
+        return store
+    return dist.PrefixStore(f"start {count}", store)
 
 
 def _register_methods(module: nn.Module) -> None:

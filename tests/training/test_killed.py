@@ -59,10 +59,10 @@ def kill_often(folder: Path) -> int:
     return halves
 
 
-def everything(folder: Path) -> dict[str, torch.Tensor]:
+def everything(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     """All tensors of the last checkpoint, by name."""
     found = checkpoints.latest(folder, World())
-    assert found is not None and found.step == STEPS
+    assert found is not None and found.step == step
     tensors = {}
     for part in ("model", "average", "optimizer", "trainer"):
         known = checkpoints._Reader(found.path).read_metadata().state_dict_metadata
