@@ -34,7 +34,6 @@ from .report import write_report
 from .update import clipped_step
 
 REPORT_EVERY = 100
-ASK_EVERY = 10  # steps after which several processes agree on whether to stop
 
 
 class Stopped(KeyboardInterrupt):
@@ -98,7 +97,7 @@ class Trainer:
         self.log = Log(self.folder, self.step) if self.world.is_main else None
         losses: list[Tensor] = []
         started, skipped = time.time(), self.skipped.clone()
-        with self._bar() as bar, _Interrupts() as interrupts:
+        with self._bar() as bar, _Interrupts(self.world.is_main) as interrupts:
             while self.step < self.stage.steps:
                 losses.append(self.train_step())
                 bar.update()
@@ -110,10 +109,10 @@ class Trainer:
                     self._save_or_tell()
                 if self.step % self.stage.monitor_every == 0 or self.step == self.stage.steps:
                     self._monitor()
-                asked = self.world.size == 1 or self.step % ASK_EVERY == 0
-                if asked and self.step < self.stage.steps and self.world.any(interrupts.seen):
+                if self.step < self.stage.steps and self.world.any(interrupts.seen):
                     where = self.folder / checkpoints.FOLDER if saved else self.save()
-                    raise Stopped(f"step {self.step} of '{self.stage.name}' is in {where}; the same command continues")
+                    told = f"step {self.step} of '{self.stage.name}' is in {where}; the same command continues"
+                    raise Stopped(told if self.world.is_main else "")
         if self.log is not None:
             self.log.close()
             tqdm.write(f"{self.stage.name}: {write_report(self.folder)}")
@@ -287,7 +286,8 @@ class Trainer:
 class _Interrupts:
     """Ctrl-C is noted, to be heard between steps; a second one interrupts at once."""
 
-    seen = False
+    def __init__(self, tells: bool) -> None:
+        self.seen, self.tells = False, tells
 
     def __enter__(self) -> _Interrupts:
         try:
@@ -304,7 +304,10 @@ class _Interrupts:
         if self.seen:
             raise KeyboardInterrupt
         self.seen = True
-        tqdm.write("stopping after this step; Ctrl-C again stops at once, and loses what follows the last checkpoint")
+        if self.tells:
+            tqdm.write(
+                "stopping after this step; Ctrl-C again stops at once, and loses what follows the last checkpoint"
+            )
 
 
 @contextlib.contextmanager
