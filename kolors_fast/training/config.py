@@ -60,9 +60,10 @@ class Stage:
     betas: tuple[float, float] = (0.9, 0.99)
     clip_norm: float = 1.0
     ema: float = 0.999
-    # of matrix products and convolutions; weights and optimizer stay fp32. "fp16": of a denoiser's residual branches,
-    # each under a gradient scale of its own
-    precision: str = "bf16"
+    precision: str = "bf16"  # of matrix products and convolutions; weights and optimizer stay fp32
+    # with precision "fp16". "block": it is that of a denoiser's residual branches, each under a scale of its own, see
+    # `BlockGradientScaler`; "global": of all products, under one scale for the loss, as `torch.amp.GradScaler`'s
+    gradient_scale: str = "block"
     activations: str = "all"  # kept for the backward pass: all, "selective" or "full", see `checkpoint_activations`
     checkpoint_every: int = 500
     monitor_every: int = 1000
@@ -90,11 +91,26 @@ class Stage:
             raise RecipeError(
                 f"stage '{self.name}': activations: expected one of {', '.join(kept)}, got '{self.activations}'"
             )
-        precisions = ("fp32", "bf16", "fp16") if isinstance(self, PoolStage) else ("fp32", "bf16")
+        if self.gradient_scale not in ("block", "global"):
+            raise RecipeError(
+                f"stage '{self.name}': gradient_scale: expected 'block' or 'global', got '{self.gradient_scale}'"
+            )
+        if self.gradient_scale == "global" and self.precision != "fp16":
+            raise RecipeError(
+                f"stage '{self.name}': gradient_scale: expected 'global' only with precision 'fp16', "
+                f"got it with '{self.precision}'"
+            )
+        halves = self.gradient_scale == "global" or isinstance(self, PoolStage)
+        precisions = ("fp32", "bf16", "fp16") if halves else ("fp32", "bf16")
         if self.precision not in precisions:
             raise RecipeError(
                 f"stage '{self.name}': precision: expected one of {', '.join(precisions)}, got '{self.precision}'"
             )
+
+    @property
+    def autocast(self) -> str:
+        """The precision of what no scaler of branches has in hand."""
+        return "fp32" if self.precision == "fp16" and self.gradient_scale == "block" else self.precision
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Session(ABC):
         others, one_caption = replace(streams, stage=f"{stage.name} validation"), replace(stage, captions=1)
         if not self.world.is_main:
             self.world.wait()
-        with computing_in(stage.precision, self.world.device.type):
+        with computing_in(stage.autocast, self.world.device.type):
             pool = build_pool(vae, encode, kind, stage, streams, stage.scenes, folder / "pool.safetensors")
             held_out = build_pool(
                 vae, encode, kind, one_caption, others, VALIDATION_SCENES, folder / "validation.safetensors"

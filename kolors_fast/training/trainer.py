@@ -31,7 +31,7 @@ from .objectives import DenoiserObjective, Objective, validation_loss
 from .parallel import World, gather_into
 from .pool import Pool
 from .report import write_report
-from .update import clipped_step
+from .update import LossScale, clipped_step
 
 REPORT_EVERY = 100
 
@@ -80,7 +80,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self._parameter_groups(), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
         )
-        self.scaler = BlockGradientScaler(self.module) if stage.precision == "fp16" else None
+        scale = stage.gradient_scale if stage.precision == "fp16" else "none"
+        self.scaler = BlockGradientScaler(self.module) if scale == "block" else None
+        self.loss_scale = LossScale(self.world.device) if scale == "global" else None
         self.step = 0
         self.skipped = torch.zeros((), device=self.world.device)  # updates, for gradients that were not finite
         self.log: Log | None = None  # of the main process, while it runs
@@ -125,11 +127,11 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        with computing_in(self.stage.precision, self.world.device.type):
+        with computing_in(self.stage.autocast, self.world.device.type):
             loss = self.loss(self.step)
-        loss.backward()
+        (loss if self.loss_scale is None else self.loss_scale.scale * loss).backward()
         if self.scaler is None:
-            self.skipped += clipped_step(self.optimizer, self.stage.clip_norm, self.world)
+            self.skipped += clipped_step(self.optimizer, self.stage.clip_norm, self.world, self.loss_scale)
         else:
             self.scaler.step(self.optimizer, self.stage.clip_norm)
             self.scaler.update()
@@ -170,6 +172,8 @@ class Trainer:
         state = {"skipped": self.skipped}
         if self.scaler is not None:
             state |= {name: self.scaler.state_dict()[name] for name in ("exponents", "since")}
+        if self.loss_scale is not None:
+            state |= {"scale": self.loss_scale.scale, "growth_tracker": self.loss_scale.growth_tracker}
         return {
             "model": self._state(self.module), "average": self._state(self.ema.module), "optimizer": moments,
             "trainer": state,
@@ -246,7 +250,7 @@ class Trainer:
 
     def _monitor(self) -> None:
         average = self._average()
-        with computing_in(self.stage.precision, self.world.device.type):
+        with computing_in(self.stage.autocast, self.world.device.type):
             figures = self._validate(average)
             if self.world.is_main:
                 figures = self.objective.monitor(average, self.folder / "samples", self.step) | figures
@@ -312,14 +316,15 @@ class _Interrupts:
 
 @contextlib.contextmanager
 def computing_in(precision: str, device: str = "cpu") -> Iterator[None]:
-    """bf16: autocast of matrix products and convolutions, on a CPU attention's own left out."""
-    if precision != "bf16":  # float16 is the branches' own affair: see gradient_scaling
+    """bf16 and fp16: autocast of matrix products and convolutions, on a CPU attention's own left out."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if dtype is None:
         yield
     elif device == "cpu":
-        with torch.autocast("cpu", torch.bfloat16), _AttentionInFloat32():
+        with torch.autocast("cpu", dtype), _AttentionInFloat32():
             yield
     else:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, dtype):
             yield
 
 

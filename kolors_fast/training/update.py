@@ -1,4 +1,8 @@
-"""An optimizer's step behind clipping, in two passes over the gradients: their norm, and the update."""
+"""An optimizer's step behind clipping, in two passes over the gradients: their norm, and the update.
+
+`torch.amp.GradScaler` with `clip_grad_norm_` takes five: it looks for what is not finite, unscales, takes norms, clips,
+and updates; and where it skips an update it waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,35 @@ from kolors_fast.ops.unscale_grads_ import unscale_grads_
 from .parallel import World, locals_of
 
 _EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ adds to the norm
+GROWTH_INTERVAL = 2000
 
 
-def clipped_step(optimizer: torch.optim.Optimizer, clip_norm: float, world: World) -> Tensor:
+class LossScale:
+    """One scale for the loss of a float16 training, by the rule of `torch.amp.GradScaler`, all on the device.
+
+        scale = 2^16 at first
+        scale /= 2        after an update that was skipped
+        scale *= 2        after 2000 updates in a row that were not, unless it would no longer be finite
+
+    Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740.
+
+    Attributes:
+        scale: float32 [], of the loss, and so of all gradients.
+        growth_tracker: int32 [], updates since a scale fell or rose.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), 2.0**16, device=device)
+        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, skipped: Tensor) -> None:
+        """Let the scale follow an update that `clipped_step` has skipped or not."""
+        torch._amp_update_scale_(self.scale, self.growth_tracker, skipped, 2.0, 0.5, GROWTH_INTERVAL)
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer, clip_norm: float, world: World, loss_scale: LossScale | None = None
+) -> Tensor:
     """gradients *= min(1, clip_norm / (norm + 1e-6)), then the optimizer's step; nothing at all if norm is not finite.
 
     What `torch.nn.utils.clip_grad_norm_` and the step do, without a pass for the product and without waiting for the
@@ -23,16 +53,19 @@ def clipped_step(optimizer: torch.optim.Optimizer, clip_norm: float, world: Worl
 
     Args:
         optimizer: fused.
+        loss_scale: of the loss that the gradients are of: they are divided by it first, and it follows the update.
 
     Returns:
         float32 [], 1 if the update was skipped, else 0, on the gradients' device.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = locals_of(p.grad for p in parameters if p.grad is not None)
-    ones = torch.ones((), device=world.device).expand(len(gradients))
-    norm = world.norm(unscale_grads_(gradients, ones)[0].square())
+    scale = torch.ones((), device=world.device) if loss_scale is None else loss_scale.scale
+    norm = world.norm(unscale_grads_(gradients, scale.expand(len(gradients)))[0].square())
     skipped = (~norm.isfinite()).float()
     step_at_norm(optimizer, norm, skipped, clip_norm)
+    if loss_scale is not None:
+        loss_scale.update(skipped)
     return skipped
 
 
