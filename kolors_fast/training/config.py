@@ -65,18 +65,21 @@ class Stage:
     # `BlockGradientScaler`; "global": of all products, under one scale for the loss, as `torch.amp.GradScaler`'s
     gradient_scale: str = "block"
     activations: str = "all"  # kept for the backward pass: all, "selective" or "full", see `checkpoint_activations`
+    accumulate: int = 1  # parts of a process's share of a batch, one after the other: less memory, the same gradient
     checkpoint_every: int = 500
     monitor_every: int = 1000
     lora: LoRAConfig | None = None  # an adapter is trained in place of the weights
     stop_on_failed_checkpoint: bool = True  # else a full disk is told, and training goes on
 
-    # what may differ when a run is resumed: it changes no weight
-    HARMLESS: ClassVar[frozenset[str]] = frozenset({"checkpoint_every", "monitor_every", "stop_on_failed_checkpoint"})
+    # what may differ when a run is resumed: it changes weights by no more than rounding
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
+        {"accumulate", "checkpoint_every", "monitor_every", "stop_on_failed_checkpoint"}
+    )
 
     def __post_init__(self) -> None:
         if self.lora is not None and not isinstance(self, PoolStage):
             raise RecipeError(f"stage '{self.name}': lora: expected only where a denoiser is trained")
-        for key in ("steps", "batch", "checkpoint_every", "monitor_every"):
+        for key in ("steps", "batch", "accumulate", "checkpoint_every", "monitor_every"):
             if getattr(self, key) < 1:
                 raise RecipeError(f"stage '{self.name}': {key}: expected 1 or more, got {getattr(self, key)}")
         if not 0 <= self.warmup + self.decay <= self.steps:
@@ -91,6 +94,8 @@ class Stage:
             raise RecipeError(
                 f"stage '{self.name}': activations: expected one of {', '.join(kept)}, got '{self.activations}'"
             )
+        if self.accumulate > 1 and not isinstance(self, PoolStage):
+            raise RecipeError(f"stage '{self.name}': accumulate: expected 1 where no denoiser is trained")
         if self.gradient_scale not in ("block", "global"):
             raise RecipeError(
                 f"stage '{self.name}': gradient_scale: expected 'block' or 'global', got '{self.gradient_scale}'"

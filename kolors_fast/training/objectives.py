@@ -61,6 +61,7 @@ class DenoiserObjective(Objective, Protocol):
     """An objective over latents of a pool, of which there is a loss at every time."""
 
     held_out: Pool | None
+    streams: Streams  # whose rows of a batch it sees
 
     def loss_at(self, module: nn.Module, bucket: Bucket, items: Tensor, times: Tensor, noise: Tensor) -> Tensor:
         """What `loss` is the mean of, [B], for items [B] of a bucket with their first captions.

@@ -114,6 +114,14 @@ class _Drawing:
     def module(self) -> nn.Module:
         return self.objective.module
 
+    @property
+    def streams(self) -> Streams:
+        return self.objective.streams
+
+    @streams.setter
+    def streams(self, value: Streams) -> None:
+        self.objective.streams = value
+
     def loss(self, step: int) -> Tensor:
         return self.objective.loss(step)
 

@@ -22,7 +22,7 @@ class Streams:
     seed: int
     stage: str
     rank: int = 0
-    size: int = 1  # processes
+    size: int = 1  # processes, or parts of what each of them has: see `Stage.accumulate`
 
     def numpy(self, step: int) -> np.random.Generator:
         return np.random.default_rng(self.key(step))
@@ -52,7 +52,7 @@ class Streams:
             ValueError: the processes cannot get equal shares.
         """
         if count % self.size:
-            raise ValueError(f"batch: expected a multiple of the {self.size} processes, got {count}")
+            raise ValueError(f"batch: expected a multiple of {self.size}, processes times accumulate, got {count}")
         rows = count // self.size
         return slice(self.rank * rows, (self.rank + 1) * rows)
 

@@ -31,6 +31,7 @@ from .objectives import DenoiserObjective, Objective, validation_loss
 from .parallel import World, gather_into
 from .pool import Pool
 from .report import write_report
+from .streams import Streams
 from .update import LossScale, clipped_step
 
 REPORT_EVERY = 100
@@ -127,9 +128,7 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        with computing_in(self.stage.autocast, self.world.device.type):
-            loss = self.loss(self.step)
-        (loss if self.loss_scale is None else self.loss_scale.scale * loss).backward()
+        loss = self._gradient()
         if self.scaler is None:
             self.skipped += clipped_step(self.optimizer, self.stage.clip_norm, self.world, self.loss_scale)
         else:
@@ -139,7 +138,19 @@ class Trainer:
         self.optimizer.zero_grad()
         self.ema.update(self.module)
         self.step += 1
-        return loss.detach()
+        return loss
+
+    def _gradient(self) -> Tensor:
+        """The backward pass of this process's loss, which it returns; of its rows in parts, as though there were so many
+        more processes. Each part's gradient is averaged over the processes: DDP with a static graph has no other way.
+        """
+        parts, losses = self.stage.accumulate, []
+        for part in range(parts):
+            with part_of(self.objective, part, parts), computing_in(self.stage.autocast, self.world.device.type):
+                loss = self.loss(self.step) / parts
+            (loss if self.loss_scale is None else self.loss_scale.scale * loss).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def learning_rate(self) -> float:
         """Linear warm-up, constant, linear decay to zero: the constant part can be prolonged without starting anew."""
@@ -312,6 +323,20 @@ class _Interrupts:
             tqdm.write(
                 "stopping after this step; Ctrl-C again stops at once, and loses what follows the last checkpoint"
             )
+
+
+@contextlib.contextmanager
+def part_of(objective: Any, part: int, parts: int) -> Iterator[None]:
+    """One of the equal parts of an objective's rows."""
+    if parts == 1:
+        yield
+        return
+    whole: Streams = objective.streams
+    objective.streams = dataclasses.replace(whole, rank=whole.rank * parts + part, size=whole.size * parts)
+    try:
+        yield
+    finally:
+        objective.streams = whole
 
 
 @contextlib.contextmanager

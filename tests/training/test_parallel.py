@@ -24,8 +24,8 @@ NAMES = ("epsilon", "rectified_flow", "learned_variance")
 STEPS = 4
 
 
-def trainer(folder: Path, name: str, world: World) -> Trainer:
-    stage, objective = make(name, rank=world.rank, size=world.size)
+def trainer(folder: Path, name: str, world: World, **settings: Any) -> Trainer:
+    stage, objective = make(name, rank=world.rank, size=world.size, **settings)
     return Trainer(stage, objective, folder, world)
 
 
@@ -50,6 +50,9 @@ def train_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
             one.save()
             losses += steps_of(one, STEPS - STEPS // 2)
             found[engine, name] = losses, whole_average(one)
+        if size == 2:
+            one = trainer(folder, "rectified_flow", world, accumulate=2)
+            found[f"{engine}, in parts", "rectified_flow"] = steps_of(one, STEPS), whole_average(one)
     return found
 
 
@@ -137,7 +140,7 @@ def test_any_number_of_processes_trains_the_same(
     tmp_path: Path, alone: dict[str, tuple[list[float], dict[str, Tensor]]], size: int
 ) -> None:
     found = spawn(train_all, size, tmp_path)
-    assert len(found) == (5 if size == 4 else 6)
+    assert len(found) == (5 if size == 4 else 8)
     for (_, name), result in found.items():
         assert_same(result, alone[name])
     if size == 4:
@@ -161,7 +164,7 @@ def test_two_processes_validate_as_one_does(tmp_path: Path) -> None:
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     _, objective = make("epsilon", size=3)
-    with pytest.raises(ValueError, match="batch: expected a multiple of the 3 processes, got 8"):
+    with pytest.raises(ValueError, match="batch: expected a multiple of 3, processes times accumulate, got 8"):
         objective.loss(0)
 
 

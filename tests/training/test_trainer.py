@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from kolors_fast.data.shapes.scene import REQUEST_PARTS
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM
-from kolors_fast.training.config import AutoencoderStage, LanguageModelStage, TokenizerRecipe
+from kolors_fast.training.config import AutoencoderStage, LanguageModelStage, RecipeError, TokenizerRecipe
 from kolors_fast.training.log import Log
 from kolors_fast.training.objectives import AutoencoderObjective, LanguageModelObjective
 from kolors_fast.training.streams import Streams
 from kolors_fast.training.tokenizer import train_tokenizer
 from kolors_fast.training.trainer import Trainer, computing_in
+
+from . import tiny
 
 VAE = {
     "block_out_channels": (4, 8),
@@ -212,8 +214,33 @@ def test_processes_draw_parts_of_the_same_batch(size):
     parts = [Streams(0, "a", rank, size) for rank in range(size)]
     assert torch.equal(torch.cat([one.noise(3, 6, (2, 5)) for one in parts]), whole.noise(3, 6, (2, 5)))
     assert [i for one in parts for i in range(6)[one.share(6)]] == list(range(6))
-    with pytest.raises(ValueError, match=f"batch: expected a multiple of the {size} processes, got 7"):
+    with pytest.raises(ValueError, match=f"batch: expected a multiple of {size}, processes times accumulate, got 7"):
         parts[0].share(7)
+
+
+@pytest.mark.parametrize("name", tiny.OBJECTIVES)
+def test_a_batch_in_parts_has_the_same_gradient(tmp_path, name):
+    def train(parts):
+        stage, objective = tiny.make(name, accumulate=parts)
+        one = Trainer(stage, objective, tmp_path)
+        losses = [float(one.train_step()) for _ in range(6)]
+        return losses, objective.bins.read(), {key: p.detach() for key, p in objective.module.named_parameters()}
+
+    whole, bins, expected = train(1)
+    for parts in (2, 8):
+        losses, seen, found = train(parts)
+        assert losses == pytest.approx(whole, rel=1e-5) and losses != whole
+        assert seen == pytest.approx(bins, rel=1e-5)
+        error = torch.stack([(found[key] - value).norm() for key, value in expected.items()]).norm()
+        assert float(error / torch.stack([value.norm() for value in expected.values()]).norm()) < 1e-5
+
+
+def test_parts_that_cannot_be_made(tmp_path):
+    stage, objective = tiny.make("epsilon", accumulate=3)
+    with pytest.raises(ValueError, match="batch: expected a multiple of 3, processes times accumulate, got 8"):
+        Trainer(stage, objective, tmp_path).train_step()
+    with pytest.raises(RecipeError, match="accumulate: expected 1 where no denoiser is trained"):
+        replace(STAGE, accumulate=2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
