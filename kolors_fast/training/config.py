@@ -19,6 +19,7 @@ from kolors_fast.pipelines.sd3_text import DROP
 from kolors_fast.schedulers.rectified_flow import parse_density
 
 from .lora import LoRAConfig
+from .power_sgd import PowerSGDConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -69,6 +70,7 @@ class Stage:
     checkpoint_every: int = 500
     monitor_every: int = 1000
     lora: LoRAConfig | None = None  # an adapter is trained in place of the weights
+    power_sgd: PowerSGDConfig | None = None  # replicas of the weights exchange compressed gradients
     stop_on_failed_checkpoint: bool = True  # else a full disk is told, and training goes on
 
     # what may differ when a run is resumed: it changes weights by no more than rounding
@@ -79,6 +81,10 @@ class Stage:
     def __post_init__(self) -> None:
         if self.lora is not None and not isinstance(self, PoolStage):
             raise RecipeError(f"stage '{self.name}': lora: expected only where a denoiser is trained")
+        if self.power_sgd is not None and self.precision == "fp16":
+            raise RecipeError(f"stage '{self.name}': precision: expected fp32 or bf16 with power_sgd, got 'fp16'")
+        if self.power_sgd is not None and self.accumulate > 1:
+            raise RecipeError(f"stage '{self.name}': accumulate: expected 1 with power_sgd, got {self.accumulate}")
         for key in ("steps", "batch", "accumulate", "checkpoint_every", "monitor_every"):
             if getattr(self, key) < 1:
                 raise RecipeError(f"stage '{self.name}': {key}: expected 1 or more, got {getattr(self, key)}")

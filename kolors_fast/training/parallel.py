@@ -22,6 +22,7 @@ from kolors_fast.models.layers import store_convolutions
 from kolors_fast.pipelines.prompts_file import Worker
 
 from .objectives import Objective
+from .power_sgd import BucketPowerSGD, PowerSGD, PowerSGDConfig, ShardPowerSGD
 
 T = TypeVar("T")
 
@@ -84,6 +85,13 @@ class World:
     def sharded(self) -> bool:
         return self.size > 1 and self.engine != "ddp"
 
+    @property
+    def replicas(self) -> int:
+        """Of every weight."""
+        if self.engine == "hybrid":
+            return self.size // int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        return self.size if self.engine == "ddp" else 1
+
     def wait(self) -> None:
         """Return when every process is here."""
         if self.size > 1:
@@ -122,13 +130,17 @@ class World:
 
     # ---- engines
 
-    def shard(self, module: nn.Module) -> None:
-        """Let each process keep its part of every parameter, with FSDP2; nothing where the engine is "ddp"."""
+    def shard(self, module: nn.Module, *, replicate: bool = True) -> None:
+        """Let each process keep its part of every parameter, with FSDP2; nothing where the engine is "ddp".
+
+        Args:
+            replicate: average gradients between the machines of "hybrid", too; else `compress` does.
+        """
         if not self.sharded:
             return
         # a linear layer's output may be a view; no model writes into what a sharded layer returned
         warnings.filterwarnings("ignore", message=".* returned a view tensor")
-        mesh = self._mesh()
+        mesh = self._mesh() if replicate else self._mesh()["shard"]
         store_convolutions(module, torch.contiguous_format)  # the only layout that is sharded
         for layer in [layer for layer in module.modules() if isinstance(layer, SHARDED)]:
             fully_shard(layer, mesh=mesh)
@@ -139,23 +151,50 @@ class World:
     def _mesh(self) -> DeviceMesh:
         if self.engine == "fsdp":
             return init_device_mesh(self.device.type, (self.size,))
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        return init_device_mesh(self.device.type, (self.size // local, local), mesh_dim_names=("replicate", "shard"))
+        shape = (self.replicas, self.size // self.replicas)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
-    def losses(self, objective: Objective) -> Callable[[int], Tensor]:
-        """step -> this process's loss, whose backward pass leaves the mean gradient of all processes."""
+    def compresses(self, config: PowerSGDConfig | None) -> bool:
+        """Whether gradients are to be compressed: so asked, and there are replicas that exchange them.
+
+        Raises:
+            ValueError: the engine has none, of however many processes.
+        """
+        if config is None or self.size == 1:
+            return False
+        if self.engine == "fsdp":
+            raise ValueError("engine: expected ddp or hybrid with power_sgd, got fsdp, which has no replicas")
+        return self.replicas > 1
+
+    def compress(self, module: nn.Module, config: PowerSGDConfig | None, *, seed: int) -> PowerSGD | None:
+        """The compression, if there is to be one, of the gradients of a module that `shard` has been given.
+
+        Raises:
+            ValueError: as `compresses`, or no parameter is compressed at this rank.
+        """
+        if config is None or not self.compresses(config):
+            return None
+        if self.engine == "hybrid":
+            return ShardPowerSGD(module, self._mesh().get_group("replicate"), config.rank, seed)
+        return BucketPowerSGD(module, None, config.rank, seed)
+
+    def losses(self, objective: Objective, compression: PowerSGD | None = None) -> Callable[[int], Tensor]:
+        """step -> this process's loss, whose backward pass leaves the mean gradient of all processes; with compression,
+        once its `finish` is called."""
         if self.size == 1 or self.sharded:
             return objective.loss
         # the dead query projection of an MM-DiT's last block gets no gradient in any step
-        return DistributedDataParallel(_Losses(objective), static_graph=True)
+        parallel = DistributedDataParallel(_Losses(objective), static_graph=True)
+        if isinstance(compression, BucketPowerSGD):
+            parallel.register_comm_hook(compression.state_of_torch, compression.hook)
+        return parallel
 
     def norm(self, squares: Tensor) -> Tensor:
         """sqrt of the sum of squares over the shards of all processes."""
         if self.sharded:
             squares = squares.clone()
             dist.all_reduce(squares)
-            if self.engine == "hybrid":
-                squares /= self.size // int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+            squares /= self.replicas
         return squares.sqrt()
 
 

@@ -74,8 +74,9 @@ class Trainer:
         if stage.precision == "fp16" and self.world.sharded:
             raise ValueError(f"engine: expected ddp with precision 'fp16', got {self.world.engine}")
         for sharded in (self.module, self.ema.module):
-            self.world.shard(sharded)
-        self.loss: Callable[[int], Tensor] = self.world.losses(objective)
+            self.world.shard(sharded, replicate=not self.world.compresses(stage.power_sgd))
+        self.compression = self.world.compress(self.module, stage.power_sgd, seed=seed)
+        self.loss: Callable[[int], Tensor] = self.world.losses(objective, self.compression)
         # an adapter's checkpoint does without the weights that it is added to
         self.left_out = {n for n, p in self.module.named_parameters() if stage.lora and not p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -129,6 +130,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         loss = self._gradient()
+        if self.compression is not None:
+            self.compression.finish()
         if self.scaler is None:
             self.skipped += clipped_step(self.optimizer, self.stage.clip_norm, self.world, self.loss_scale)
         else:
@@ -141,8 +144,8 @@ class Trainer:
         return loss
 
     def _gradient(self) -> Tensor:
-        """The backward pass of this process's loss, which it returns; of its rows in parts, as though there were so many
-        more processes. Each part's gradient is averaged over the processes: DDP with a static graph has no other way.
+        """The backward pass of this process's loss, which it returns; of its rows in parts, as though there were that many
+        processes more. Each part's gradient is averaged over the processes: DDP with a static graph has no other way.
         """
         parts, losses = self.stage.accumulate, []
         for part in range(parts):
@@ -163,6 +166,8 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint; all processes do."""
+        if self.compression is not None:
+            self.compression.average_errors()
         numbers = {"step": self.step, "updates": self.ema.updates, "settings": self.settings}
         return checkpoints.save(self.folder, self._tensors(), numbers, self.world)
 
@@ -187,7 +192,7 @@ class Trainer:
             state |= {"scale": self.loss_scale.scale, "growth_tracker": self.loss_scale.growth_tracker}
         return {
             "model": self._state(self.module), "average": self._state(self.ema.module), "optimizer": moments,
-            "trainer": state,
+            "trainer": state, "power_sgd": self.compression.state() if self.compression is not None else {},
         }  # fmt: skip
 
     def _resume(self) -> None:
@@ -205,7 +210,10 @@ class Trainer:
         missing = sorted({*parameters} - {*found.names("model")} - self.left_out)
         if missing:
             raise TrainingStateError(f"{found.path} does not fit stage '{self.stage.name}': it has no {missing[0]}")
-        found.load_into(self._tensors(), self.world)
+        tensors = self._tensors()
+        kept = {*found.names("power_sgd")}  # another number of processes, or engine, compresses other parameters
+        tensors["power_sgd"] = {name: tensor for name, tensor in tensors["power_sgd"].items() if name in kept}
+        found.load_into(tensors, self.world)
         if self.scaler is not None:
             self.scaler.load_state_dict({**self.scaler.state_dict(), "skipped": self.skipped})
         self.ema.updates, self.step = int(found.manifest["updates"]), found.step
