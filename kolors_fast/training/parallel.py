@@ -175,8 +175,8 @@ class World:
         if config is None or not self.compresses(config):
             return None
         if self.engine == "hybrid":
-            return ShardPowerSGD(module, self._mesh().get_group("replicate"), config.rank, seed)
-        return BucketPowerSGD(module, None, config.rank, seed)
+            return ShardPowerSGD(module, self._mesh().get_group("replicate"), config, seed)
+        return BucketPowerSGD(module, None, config, seed)
 
     def losses(self, objective: Objective, compression: PowerSGD | None = None) -> Callable[[int], Tensor]:
         """step -> this process's loss, whose backward pass leaves the mean gradient of all processes; with compression,

@@ -9,18 +9,20 @@ Of a matrix M_i of gradients, [rows, columns], on replica i, with e_i = 0 at fir
     e_i = E_i - G
 
 Q begins as a Gaussian matrix that the seed gives to all replicas alike, and goes on from update to update, so that P
-turns to what is left in the errors: of gradients that stay the same, all is sent in the end. r is the stage's rank or,
-where that is less, the shorter side. A convolution's weight is the matrix [out, the rest]. A matrix takes part where
-that at least halves what is sent; what takes no part is averaged as it is, in fp32.
+turns to what is left in the errors: of gradients that stay the same, all is sent in the end. Without `warm_start` the
+first Q is kept; then e Q is 0 after every update, P follows from the newest gradient alone, and a constant one is never
+sent whole. r is the stage's rank or, where that is less, the shorter side. A convolution's weight is the matrix [out,
+the rest]. A matrix takes part where that at least halves what is sent; what takes no part is averaged as it is, in
+fp32.
 
 All that is sent is linear in the errors, so that their mean over the replicas decides what is trained. A checkpoint
 holds that mean by the parameters' names, sharded as they are, and gives it to every replica. Where an average is not
 finite, errors and Q of all that was sent with it stay as they were, and the update is skipped; errors of what was sent
 apart go on, as though it had not been.
 
-Source: Vogels, Karimireddy and Jaggi, PowerSGD, arXiv 1905.13727; between machines that shard weights as Ramesh et al.,
-Zero-Shot Text-to-Image Generation, arXiv 2102.12092, section 2.5 and appendix E, who however kept the first Q: then e Q
-is 0 after every update, P follows from the newest gradient alone, and a constant one is never sent whole.
+Source: Vogels, Karimireddy and Jaggi, PowerSGD, arXiv 1905.13727, with a warm start; between machines that shard
+weights, and with a fixed Q, Ramesh et al., Zero-Shot Text-to-Image Generation, arXiv 2102.12092, section 2.5 and
+appendix E.
 """
 
 # annotations are evaluated here: DistributedDataParallel looks at those of its hook
@@ -56,6 +58,7 @@ class PowerSGDConfig:
     """
 
     rank: int  # r
+    warm_start: bool = True  # False: Q is fixed, as it was for DALL-E
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -78,8 +81,8 @@ class PowerSGD:
 
     shard = "0 of 1"  # of the parameters, whose Q are here
 
-    def __init__(self, group: ProcessGroup | None, rank: int, seed: int) -> None:
-        self.group, self.rank, self.seed = group, rank, seed
+    def __init__(self, group: ProcessGroup | None, config: PowerSGDConfig, seed: int) -> None:
+        self.group, self.rank, self.warm_start, self.seed = group, config.rank, config.warm_start, seed
         self.errors: dict[str, Tensor] = {}
         self.starts: dict[str, Tensor] = {}
 
@@ -106,6 +109,8 @@ class PowerSGD:
 
     def _restart(self, name: str, q: Tensor, finite: Tensor) -> None:
         """Begin the next update with this Q; but its columns of zeros would stay so, and those before are kept."""
+        if not self.warm_start:
+            return
         start = self.starts[name]
         start.copy_(torch.where(finite & q.any(0), F.normalize(q, dim=0), start))
 
@@ -125,16 +130,16 @@ class BucketPowerSGD(PowerSGD):
         ValueError: no parameter is compressed at this rank.
     """
 
-    def __init__(self, module: nn.Module, group: ProcessGroup | None, rank: int, seed: int) -> None:
-        super().__init__(group, rank, seed)
+    def __init__(self, module: nn.Module, group: ProcessGroup | None, config: PowerSGDConfig, seed: int) -> None:
+        super().__init__(group, config, seed)
         self.state_of_torch = PowerSGDState(
-            group, rank, start_powerSGD_iter=2, min_compression_rate=LEAST_RATE, orthogonalization_epsilon=1e-8
+            group, config.rank, start_powerSGD_iter=2, min_compression_rate=LEAST_RATE, orthogonalization_epsilon=1e-8
         )
         self.state_of_torch.iter = 2  # torch asks for as many, for the sake of what it keeps by bucket
         self._names: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if p.requires_grad}
         for parameter, name in self._names.items():
             rows, columns = _sides(parameter)
-            if r := rank_of(rows, columns, rank):
+            if r := rank_of(rows, columns, self.rank):
                 self._compress(name, parameter, r, columns)
         self._check()
 
@@ -177,8 +182,8 @@ class ShardPowerSGD(PowerSGD):
         ValueError: no parameter is compressed at this rank.
     """
 
-    def __init__(self, module: nn.Module, group: ProcessGroup | None, rank: int, seed: int) -> None:
-        super().__init__(group, rank, seed)
+    def __init__(self, module: nn.Module, group: ProcessGroup | None, config: PowerSGDConfig, seed: int) -> None:
+        super().__init__(group, config, seed)
         embeddings = {p for layer in module.modules() if isinstance(layer, nn.Embedding) for p in layer.parameters()}
         owners = {p: m for m in module.modules() if isinstance(m, FSDPModule) for p in m.parameters()}  # the innermost
         groups: dict[nn.Module, dict[str, nn.Parameter]] = {}

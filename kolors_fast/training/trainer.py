@@ -144,8 +144,8 @@ class Trainer:
         return loss
 
     def _gradient(self) -> Tensor:
-        """The backward pass of this process's loss, which it returns; of its rows in parts, as though there were that many
-        processes more. Each part's gradient is averaged over the processes: DDP with a static graph has no other way.
+        """The backward pass of this process's loss, which it returns; of its rows in parts, as though so many more
+        processes were there. Each part's gradient is averaged by itself: DDP with a static graph has no other way.
         """
         parts, losses = self.stage.accumulate, []
         for part in range(parts):
