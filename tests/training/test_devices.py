@@ -82,7 +82,6 @@ def denoiser(name: str) -> Callable[[], tuple[Any, Objective]]:
 
 MAKERS: dict[str, Callable[[], tuple[Any, Objective]]] = {
     **{name: denoiser(name) for name in tiny.OBJECTIVES},
-    "velocity": lambda: tiny.make("epsilon", noise_offset=0.1, prediction="v"),
     "autoencoder": autoencoder, "language_model": language_model, "clip": clip, "t5": t5,
 }  # fmt: skip
 

@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from kolors_fast.models.mmdit import MMDiT
 from kolors_fast.models.pixart import PixArtTransformer
 from kolors_fast.models.unet import KolorsUNet
-from kolors_fast.training.config import CaptionConditionalStage, EpsilonLinearStage, EpsilonStage, RectifiedFlowStage
+from kolors_fast.training.config import (
+    CaptionConditionalStage,
+    ClassConditionalStage,
+    EpsilonLinearStage,
+    EpsilonStage,
+    RectifiedFlowStage,
+)
+from kolors_fast.training.dit import DiT
 from kolors_fast.training.encoded import EncodedCaptions
 from kolors_fast.training.mmdit import EpsilonLinearObjective, RectifiedFlowObjective, SD3Captions
 from kolors_fast.training.objectives import EpsilonObjective, Objective
-from kolors_fast.training.pixart import T5Captions, TextObjective
+from kolors_fast.training.pixart import ClassConditionalObjective, Kinds, T5Captions, TextObjective
 from kolors_fast.training.pool import Bucket, LatentPool
 from kolors_fast.training.streams import Streams
 
@@ -42,7 +49,8 @@ PIXART = {
     "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "cross_attention_dim": 32,
     "caption_channels": 16, "sample_size": 8,
 }  # fmt: skip
-ITEMS, CAPTIONS = 24, 2
+DIT = {"heads": 2, "head_dim": 16, "depth": 2, "channels": 4, "patch_size": 2, "sample_size": 8}
+ITEMS, CAPTIONS, CLASSES = 24, 2, 5
 SETTINGS: dict[str, Any] = {
     "name": "tiny", "steps": 20, "batch": 8, "learning_rate": 1e-3, "warmup": 4, "decay": 4, "precision": "fp32",
     "captions": CAPTIONS, "checkpoint_every": 1000, "monitor_every": 1000,
@@ -69,6 +77,10 @@ class EpsilonLinear(Seen, EpsilonLinearObjective):
 
 
 class Text(Seen, TextObjective):
+    pass
+
+
+class ClassConditional(Seen, ClassConditionalObjective):
     pass
 
 
@@ -99,6 +111,10 @@ def _chatglm(count: int) -> EncodedCaptions:
 def _t5(count: int) -> T5Captions:
     starts = _starts(count)
     return T5Captions(_normal(int(starts[-1]), 16).half(), starts)
+
+
+def _kinds(count: int) -> Kinds:
+    return Kinds(torch.arange(count) % (CLASSES + 1))
 
 
 def _sd3(count: int) -> SD3Captions:
@@ -134,11 +150,23 @@ def learned_variance(streams: Streams, **settings: Any) -> tuple[Any, Objective]
     return stage, Text(_drawn(PixArtTransformer(**PIXART)), None, None, _pool(_t5, streams), stage, streams)  # type: ignore[arg-type]
 
 
+def velocity(streams: Streams, **settings: Any) -> tuple[Any, Objective]:
+    return epsilon(streams, prediction="v", noise_offset=0.1, **settings)
+
+
+def class_conditional(streams: Streams, **settings: Any) -> tuple[Any, Objective]:
+    stage = ClassConditionalStage(objective="class_conditional", **{**SETTINGS, **settings})
+    model = _drawn(DiT(classes=CLASSES, **DIT))
+    return stage, ClassConditional(model, None, None, _pool(_kinds, streams), stage, streams)  # type: ignore[arg-type]
+
+
 OBJECTIVES = {
     "epsilon": epsilon,
+    "velocity": velocity,
     "rectified_flow": rectified_flow,
     "epsilon_linear": epsilon_linear,
     "learned_variance": learned_variance,
+    "class_conditional": class_conditional,
 }
 
 
