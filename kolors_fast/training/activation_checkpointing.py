@@ -40,6 +40,8 @@ from kolors_fast.models.pixart_blocks import Left
 from kolors_fast.models.pixart_blocks import TransformerBlock as PixArtBlock
 from kolors_fast.models.unet_blocks import TransformerBlock as UNetBlock
 
+from .dit import Block as DiTBlock
+
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]  # around a region: forward, and again
 MakesContexts = Callable[[], Contexts]
 
@@ -51,8 +53,8 @@ def checkpoint_activations(model: nn.Module, mode: str = "selective") -> None:
     """Let every block of a model keep less for the backward pass from now on; `keep_activations` undoes it.
 
     Args:
-        model: a KolorsUNet, MMDiT or PixArtTransformer, or whatever else holds blocks of them. Before or after LoRA
-            layers are injected and DDP or `fully_shard` are applied; before `torch.compile`.
+        model: a KolorsUNet, MMDiT, PixArtTransformer or DiT, or whatever else holds blocks of them. Before or after
+            LoRA layers are injected and DDP or `fully_shard` are applied; before `torch.compile`.
         mode: "selective" or "full", see above.
 
     Raises:
@@ -155,7 +157,10 @@ def _summed_pixart_block(block: PixArtBlock, x: Tensor, left: Left | None, cond:
 _UPSAMPLE = (Region("forward", Upsample.forward),)  # of the small map, not of the large one that the convolution reads
 REGIONS: Mapping[str, Mapping[type[nn.Module], Sequence[Region]]] = {
     "selective": {
-        **{kind: (Region("forward", kind.forward, _products_kept),) for kind in (UNetBlock, JointBlock, PixArtBlock)},
+        **{
+            kind: (Region("forward", kind.forward, _products_kept),)
+            for kind in (UNetBlock, JointBlock, PixArtBlock, DiTBlock)
+        },
         ResnetBlock: (
             Region("norm_and_conv1", ResnetBlock.norm_and_conv1),
             Region("norm_and_conv2", ResnetBlock.norm_and_conv2),
@@ -166,6 +171,7 @@ REGIONS: Mapping[str, Mapping[type[nn.Module], Sequence[Region]]] = {
         UNetBlock: (Region("forward", _summed_unet_block),),
         JointBlock: (Region("forward", _summed_joint_block),),
         PixArtBlock: (Region("forward", _summed_pixart_block),),
+        DiTBlock: (Region("forward", DiTBlock.forward),),
         ResnetBlock: (Region("forward", ResnetBlock.forward),),
         Upsample: _UPSAMPLE,
     },
