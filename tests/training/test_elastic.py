@@ -41,13 +41,13 @@ norm_num_groups = 2
 [[stage]]
 name = "autoencoder"
 objective = "autoencoder"
-steps = 12
+steps = 48
 batch = 4
 learning_rate = 1e-3
 warmup = 2
 decay = 4
 precision = "fp32"
-checkpoint_every = 6
+checkpoint_every = 24
 sizes = [[64, 64]]
 """
 
@@ -77,7 +77,7 @@ def test_a_killed_worker_changes_no_bit(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(RECIPE)
     whole, killed = torchrun(tmp_path, "whole"), torchrun(tmp_path, "killed")
     try:
-        half = tmp_path / "killed" / "autoencoder" / checkpoints.FOLDER / "00000006" / checkpoints.MANIFEST
+        half = tmp_path / "killed" / "autoencoder" / checkpoints.FOLDER / "00000024" / checkpoints.MANIFEST
         while not half.exists():
             assert killed.poll() is None, (tmp_path / "killed.err").read_text()
             time.sleep(1e-3)
@@ -91,13 +91,13 @@ def test_a_killed_worker_changes_no_bit(tmp_path: Path) -> None:
             one.wait()
     assert "exitcode: -9" in (tmp_path / "killed.err").read_text()
     assert half.stat().st_mtime_ns == written  # it went on from there
-    ours, theirs = (everything(tmp_path / output / "autoencoder", 12) for output in ("killed", "whole"))
+    ours, theirs = (everything(tmp_path / output / "autoencoder", 48) for output in ("killed", "whole"))
     assert ours.keys() == theirs.keys() and len(ours) > 100
     assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
     for output in ("whole", "killed"):
         lines = (tmp_path / output / "autoencoder" / "log.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [12, 12]  # the loss, the monitor
-        assert json.loads((tmp_path / output / "autoencoder" / "done.json").read_text()) == {"steps": 12}
+        assert [json.loads(line)["step"] for line in lines] == [48, 48]  # the loss, the monitor
+        assert json.loads((tmp_path / output / "autoencoder" / "done.json").read_text()) == {"steps": 48}
 
 
 def test_workers_meet_without_the_addresses_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
