@@ -14,7 +14,7 @@ class EMA:
     """average += (1 - d) (parameter - average), with d = min(decay, (1 + n) / (10 + n)) at update n = 1, 2, ...
 
     The early, smaller d lets the average forget the initial weights. Buffers are not averaged. Parameters that are
-    frozen when it begins are those of the module itself, which takes no memory.
+    frozen when it begins are those of the module itself, which takes no memory; sharded, each has its part of its own.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -29,5 +29,5 @@ class EMA:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         pairs = zip(self.module.parameters(), module.parameters(), strict=True)
-        averages, parameters = zip(*(pair for pair in pairs if pair[0] is not pair[1]), strict=True)
+        averages, parameters = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
         torch._foreach_lerp_(locals_of(averages), locals_of(parameters), 1 - decay)

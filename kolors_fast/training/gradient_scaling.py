@@ -33,6 +33,7 @@ from kolors_fast.ops.unscale_and_filter import unscale_and_filter
 from kolors_fast.ops.unscale_grads_ import unscale_grads_
 
 from . import dit
+from .parallel import World, locals_of
 from .update import step_at_norm
 
 # log2(s / M) in thousandths, so that a thousand updates without overflow are a doubling exactly: the paper's rule
@@ -197,10 +198,12 @@ class BlockGradientScaler:
     same. Where a branch had no gradients its scale stays as it is.
 
     Args:
-        module: fp32, on one device; LoRA layers go in before this, and no parameter is replaced after it.
+        module: fp32, on one device; LoRA layers go in before this. `World.shard` comes after it and before the first
+            update, so that weights are gathered around what runs between a branch's ends.
         branches: default `residual_branches(module)`.
         world_size: M, where each process divides its loss by the samples of all, and gradients are summed. It is 1
             where the loss is a mean over a process's own samples, and gradients are averaged, as `World` does.
+        world: the processes over which parameters will be sharded.
         dtype: float16; or float32, to see what the scaling by itself does.
 
     Raises:
@@ -213,14 +216,19 @@ class BlockGradientScaler:
         branches: Sequence[Branch] | None = None,
         *,
         world_size: int = 1,
+        world: World | None = None,
         dtype: torch.dtype = torch.float16,
     ) -> None:
         self.branches = tuple(residual_branches(module) if branches is None else branches)
-        self.world_size, self.dtype = world_size, dtype
-        self._parameters = list(module.parameters())
-        _check_dtypes(dtype, self._parameters)
-        self._owner = _owners(self._parameters, self.branches)
-        device, count = self._parameters[0].device, len(self.branches)
+        self.world_size, self.world, self.dtype = world_size, world or World(), dtype
+        parameters = list(module.parameters())
+        _check_dtypes(dtype, parameters)
+        self._owner = _owners(parameters, self.branches)
+        self._module, self._parameters = (
+            module,
+            list[nn.Parameter](),
+        )  # which sharding replaces: taken when first needed
+        device, count = parameters[0].device, len(self.branches)
         self._exponents = torch.full((count,), START, device=device)
         self._since = torch.full((count,), PATIENCE, device=device)  # updates since a fall
         self._scales = torch.ones(count + 1, device=device)  # the last one is the parameters' outside of branches
@@ -310,14 +318,17 @@ class BlockGradientScaler:
                 branch.module.__dict__[method] = MethodType(scaled, branch.module)
 
     def _unscale(self) -> _Found:
+        self._parameters = self._parameters or list(self._module.parameters())
         present = [parameter.grad is not None for parameter in self._parameters]
         if present != self._present:
             owners = [owner for owner, has in zip(self._owner, present, strict=True) if has]
             self._index = torch.tensor(owners, dtype=torch.int64, device=self._scales.device)
             self._seen = torch.zeros_like(self._scales, dtype=torch.bool).index_fill_(0, self._index, True)
             self._present = present
-        grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        grads = locals_of(parameter.grad for parameter in self._parameters if parameter.grad is not None)
         norm, nonfinite = unscale_grads_(grads, self._scales[self._index])
+        if self.world.sharded:
+            norm = self.world.norm(norm.square())
         flags = torch.zeros_like(self._scales).scatter_reduce_(0, self._index, nonfinite.float(), "amax")
         flags[-1].logical_or_(~norm.isfinite())  # also where finite gradients have squares that are not
         if dist.is_initialized():

@@ -71,8 +71,9 @@ class Trainer:
         self.ema = EMA(self.module, stage.ema)
         if stage.activations != "all":
             checkpoint_activations(self.module, stage.activations)
-        if stage.precision == "fp16" and self.world.sharded:
-            raise ValueError(f"engine: expected ddp with precision 'fp16', got {self.world.engine}")
+        scale = stage.gradient_scale if stage.precision == "fp16" else "none"
+        self.scaler = BlockGradientScaler(self.module, world=self.world) if scale == "block" else None
+        self.loss_scale = LossScale(self.world.device) if scale == "global" else None
         for sharded in (self.module, self.ema.module):
             self.world.shard(sharded, replicate=not self.world.compresses(stage.power_sgd))
         self.compression = self.world.compress(self.module, stage.power_sgd, seed=seed)
@@ -82,9 +83,6 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self._parameter_groups(), lr=0.0, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
         )
-        scale = stage.gradient_scale if stage.precision == "fp16" else "none"
-        self.scaler = BlockGradientScaler(self.module) if scale == "block" else None
-        self.loss_scale = LossScale(self.world.device) if scale == "global" else None
         self.step = 0
         self.skipped = torch.zeros((), device=self.world.device)  # updates, for gradients that were not finite
         self.log: Log | None = None  # of the main process, while it runs
