@@ -224,10 +224,8 @@ class BlockGradientScaler:
         parameters = list(module.parameters())
         _check_dtypes(dtype, parameters)
         self._owner = _owners(parameters, self.branches)
-        self._module, self._parameters = (
-            module,
-            list[nn.Parameter](),
-        )  # which sharding replaces: taken when first needed
+        self._module = module
+        self._parameters: list[nn.Parameter] = []  # taken when first needed, for sharding replaces them
         device, count = parameters[0].device, len(self.branches)
         self._exponents = torch.full((count,), START, device=device)
         self._since = torch.full((count,), PATIENCE, device=device)  # updates since a fall
