@@ -119,7 +119,8 @@ def adapted(folder: Path, world: World) -> dict[str, Any]:
 
 
 def train_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    if size > 1:  # a process of its own
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
     world = World(rank, size, "fsdp" if size == 2 else "hybrid")
     found = {**in_float32(folder, world), **adapted(folder / "adapter", world)}
     found |= {f"spoilt {scale}": spoilt(folder / "spoilt", world, scale) for scale in ("block", "global")}
