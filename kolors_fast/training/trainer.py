@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import signal
 import time
 import warnings
@@ -99,7 +100,7 @@ class Trainer:
         self.log = Log(self.folder, self.step) if self.world.is_main else None
         losses: list[Tensor] = []
         started, skipped = time.time(), self.skipped.clone()
-        with self._bar() as bar, _Interrupts(self.world.is_main) as interrupts:
+        with self._bar() as bar, _Interrupts(self.world.is_main) as interrupts, _no_old_garbage():
             while self.step < self.stage.steps:
                 losses.append(self.train_step())
                 bar.update()
@@ -329,6 +330,18 @@ class _Interrupts:
             tqdm.write(
                 "stopping after this step; Ctrl-C again stops at once, and loses what follows the last checkpoint"
             )
+
+
+@contextlib.contextmanager
+def _no_old_garbage() -> Iterator[None]:
+    """The collector leaves alone what is there: a pass over it, every ten steps under selective checkpointing, takes
+    250 ms with diffusers and transformers imported, and 2 without it (small UNet, one core of an AMD EPYC)."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

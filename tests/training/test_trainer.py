@@ -1,5 +1,6 @@
 """The loop: resuming, loss, refusals. Everything tiny."""
 
+import gc
 import json
 from dataclasses import replace
 from importlib.util import find_spec
@@ -236,6 +237,20 @@ def test_a_batch_in_parts_has_the_same_gradient(tmp_path, name):
         assert seen == pytest.approx(bins, rel=1e-5)
         error = torch.stack([(found[key] - value).norm() for key, value in expected.items()]).norm()
         assert float(error / torch.stack([value.norm() for value in expected.values()]).norm()) < 1e-5
+
+
+def test_what_is_there_is_no_garbage_while_a_run_lasts(tmp_path):
+    class Looking(tiny.Epsilon):
+        def monitor(self, averaged, folder, step):
+            frozen.append(gc.get_freeze_count())
+            return {}
+
+    frozen = []
+    stage, objective = tiny.make("epsilon", steps=2, warmup=1, decay=1, monitor_every=1)
+    objective.__class__ = Looking
+    before = gc.get_freeze_count()
+    Trainer(stage, objective, tmp_path).run()
+    assert len(frozen) == 2 and min(frozen) > before + 100_000 and gc.get_freeze_count() == before
 
 
 def test_parts_that_cannot_be_made(tmp_path):
