@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kolors_fast.evaluation.statistics import gather_over_workers
 from kolors_fast.models import dit_layers, mmdit_blocks, unet_blocks
 from kolors_fast.models.attention import Attention
 from kolors_fast.models.layers import store_convolutions
@@ -115,10 +116,7 @@ class World:
 
     def gather_objects(self, value: T) -> list[T]:
         """Of all processes, in order of rank."""
-        found: list[Any] = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(found, value)
-        return found
+        return gather_over_workers(value) if self.size > 1 else [value]
 
     def broadcast_object(self, value: T) -> T:
         """The main process's."""
