@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from .data.shapes import held_out_prompts
@@ -15,6 +14,7 @@ from .drawing import check_folder, device_and_dtype, draw, load
 from .evaluation.pictures import Measures, picture_files, read
 from .evaluation.shapes import Report
 from .evaluation.shapes import evaluate as judge
+from .models.checkpoint import write_file
 from .ops import use_backend
 from .pipelines.prompts_file import Worker
 from .training.parallel import World
@@ -34,7 +34,7 @@ def evaluate(options: argparse.Namespace) -> None:
         told = _shapes_world(options, worker, world)
     world.leave()
     if world.is_main and options.output is not None:
-        _write(options.output, json.dumps(told, ensure_ascii=False, indent=1) + "\n")
+        write_file(options.output, (json.dumps(told, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -138,12 +138,3 @@ def _tell(measures: Measures, options: argparse.Namespace, world: World) -> dict
         if options.save_statistics is not None:
             measures.save(options.save_statistics)
     return figures
-
-
-def _write(name: Path, text: str) -> None:
-    beside = name.with_name(f".{name.name}.part")
-    try:
-        beside.write_text(text)
-        beside.replace(name)
-    finally:
-        beside.unlink(missing_ok=True)
