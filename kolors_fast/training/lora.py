@@ -69,6 +69,17 @@ def add_lora(
     return inject_lora(model, adapter, dtype)
 
 
+def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep what is multiplied and not trained, the weights of linear layers and convolutions, in the dtype that
+    autocast would round them to in every step: the same products from half the memory, and no rounded copy that waits
+    for the backward pass."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.to(dtype)
+        if isinstance(layer, nn.Linear) and layer.bias is not None and not layer.bias.requires_grad:
+            layer.bias.data = layer.bias.data.to(dtype)  # a convolution's may be added in a norm, in fp32
+
+
 def _unknown(target: str, model: nn.Module) -> str:
     """The message, with the nearest of the names that would do."""
     names: set[str] = set()

@@ -21,12 +21,12 @@ from kolors_fast.models.checkpoint import PretrainedModel, write_file
 from kolors_fast.models.lora_adapter import save_lora
 
 from .config import PoolStage, Recipe, RecipeError, Stage
-from .lora import add_lora
+from .lora import add_lora, narrow_frozen
 from .objectives import Objective
 from .parallel import World
 from .pool import Captions, Encode, Pool, build_pool
 from .streams import Streams
-from .trainer import Trainer, computing_in
+from .trainer import AUTOCAST, Trainer, computing_in
 
 VALIDATION_SCENES = 64
 
@@ -62,6 +62,8 @@ class Session(ABC):
         objective = self._objective(stage, folder)
         if stage.lora is not None:
             add_lora(objective.module, stage.lora, seed=self.recipe.seed)
+            if stage.autocast in AUTOCAST and not self.world.sharded:  # FSDP2 gathers weights of one dtype
+                narrow_frozen(objective.module, AUTOCAST[stage.autocast])
         seed, accept = self.recipe.seed, self.accept_changes
         module = Trainer(stage, objective, folder, self.world, seed=seed, accept_changes=accept).run()
         if self.world.is_main and stage.lora is not None:

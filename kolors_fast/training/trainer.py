@@ -36,6 +36,7 @@ from .streams import Streams
 from .update import LossScale, clipped_step
 
 REPORT_EVERY = 100
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by a stage's `autocast`
 
 
 class Stopped(KeyboardInterrupt):
@@ -361,7 +362,7 @@ def part_of(objective: Any, part: int, parts: int) -> Iterator[None]:
 @contextlib.contextmanager
 def computing_in(precision: str, device: str = "cpu") -> Iterator[None]:
     """bf16 and fp16: autocast of matrix products and convolutions, on a CPU attention's own left out."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = AUTOCAST.get(precision)
     if dtype is None:
         yield
     elif device == "cpu":

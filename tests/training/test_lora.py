@@ -13,7 +13,10 @@ from torch.func import functional_call
 
 from kolors_fast import KolorsUNet, MMDiT, PixArtTransformer
 from kolors_fast.models.lora_adapter import load_lora, lora_of, save_lora
-from kolors_fast.training.lora import LoRAConfig, add_lora
+from kolors_fast.training.lora import LoRAConfig, add_lora, narrow_frozen
+from kolors_fast.training.trainer import Trainer
+
+from . import tiny
 
 UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -201,3 +204,24 @@ def test_bad_configs() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             LoRAConfig(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["epsilon", "rectified_flow", "learned_variance"])
+def test_frozen_weights_in_autocasts_dtype_change_no_bit(tmp_path: Path, name: str) -> None:
+    """Of linear layers and convolutions, which are nearly all of a model's bytes."""
+
+    def train(narrow: bool) -> tuple[list[float], list[Tensor]]:
+        stage, objective = tiny.make(name, precision="bf16", lora=LoRAConfig(rank=4, targets=("to_q", "net.2")))
+        add_lora(objective.module, stage.lora, seed=5)
+        whole = sum(p.nbytes for p in objective.module.parameters() if not p.requires_grad)
+        if narrow:
+            narrow_frozen(objective.module, torch.bfloat16)
+            left = [p for p in objective.module.parameters() if not p.requires_grad]
+            assert sum(p.nbytes for p in left) < 0.55 * whole
+            assert all(p.dtype == torch.float32 for p in objective.module.parameters() if p.requires_grad)
+        one = Trainer(stage, objective, tmp_path)
+        losses = [float(one.train_step()) for _ in range(4)]
+        return losses, [p.detach() for p in objective.module.parameters() if p.requires_grad]
+
+    (losses, adapter), (expected, other) = train(True), train(False)
+    assert losses == expected and all(map(torch.equal, adapter, other))
