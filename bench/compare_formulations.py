@@ -40,9 +40,10 @@ from kolors_fast.training.mmdit import (
     RectifiedFlowObjective,
     SD3Captions,
     encode_captions,
+    encode_parts,
     sample,
 )
-from kolors_fast.training.monitor import judge_prompts
+from kolors_fast.training.monitor import judge_prompts, noise_shape
 from kolors_fast.training.pool import LatentPool, build_pool
 from kolors_fast.training.sd3 import load_encoders
 from kolors_fast.training.streams import Streams
@@ -106,9 +107,10 @@ class Study:
     def judge(self, objective: MMDiTObjective, mmdit: Any, steps: int) -> dict[str, float]:
         """The oracle's figures on held-out prompts drawn in so many steps."""
 
-        def draw(texts: list[str], generator: torch.Generator) -> Tensor:
-            side = self.options.side // 8
-            return sample(mmdit, self.encoders, objective.sampler(), texts, generator, side=side, steps=steps)
+        def draw(prompts: list[str], generator: torch.Generator) -> Tensor:
+            texts = encode_parts(self.encoders, [""] * len(prompts) + prompts)
+            noise = torch.randn(len(prompts), *noise_shape(self.vae, self.options.side), generator=generator)
+            return sample(mmdit, objective.sampler(), texts, noise, steps=steps)
 
         path = self.folder(objective.stage.name, objective.streams.seed) / f"drawn-in-{steps}.png"
         # of one object is every fifth

@@ -17,7 +17,7 @@ from kolors_fast.schedulers import DPMSolverMultistepScheduler
 
 from .config import LearnedVarianceStage
 from .devices import sent, sent_to
-from .monitor import STEPS, judge_prompts
+from .monitor import STEPS, judge_prompts, noise_shape
 from .objectives import add_noise, bins_up_to, draw_timesteps, first_texts, snr_weights, with_offset
 from .pool import Bucket, Encode, Pool
 from .streams import Streams
@@ -147,14 +147,17 @@ class LearnedVarianceObjective(ABC):
         error = (output.chunk(2, dim=1)[0] - noise).square().mean((1, 2, 3))  # [B]
         return error * weights + self.process.variational_bound(output, latents, noise, timesteps)  # [B]
 
+    def draw(self, module: nn.Module, texts: Any, noise: Tensor) -> Tensor:
+        """See `DenoiserObjective`."""
+        noise, texts = sent_to(module, noise, texts)
+        return sample(lambda noisy, time: self.predict(module, noisy, time, texts), noise)
+
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        def draw(texts: list[str], generator: torch.Generator) -> Tensor:
-            captions = self.encode([*texts, ""])
-            side, count = self.stage.area // 2 ** (len(self.vae.config.block_out_channels) - 1), len(texts)
-            noise = torch.randn(count, self.vae.config.latent_channels, side, side, generator=generator)
-            rows = torch.cat([torch.full((count,), count), torch.arange(count)])  # of the empty caption, of the texts
-            noise, gathered = sent_to(averaged, noise, captions.gather(rows))
-            return sample(lambda noisy, time: self.predict(averaged, noisy, time, gathered), noise)
+        def draw(prompts: list[str], generator: torch.Generator) -> Tensor:
+            captions, count = self.encode([*prompts, ""]), len(prompts)
+            noise = torch.randn(count, *noise_shape(self.vae, self.stage.area), generator=generator)
+            rows = torch.cat([torch.full((count,), count), torch.arange(count)])  # of the empty caption, of the prompts
+            return self.draw(averaged, captions.gather(rows), noise)
 
         return judge_prompts(draw, self.vae, folder / f"{step:06d}.png", self.prompts)
 

@@ -19,7 +19,7 @@ from kolors_fast.schedulers.rectified_flow import interpolate, parse_density, sh
 
 from .config import DenoiserStage, EpsilonLinearStage, RectifiedFlowStage
 from .devices import sent_to
-from .monitor import GUIDANCE, judge_prompts
+from .monitor import GUIDANCE, judge_prompts, noise_shape
 from .objectives import add_noise, alpha_bar, bins_up_to, first_texts
 from .pool import Bucket, Pool
 from .streams import Streams
@@ -116,11 +116,16 @@ class MMDiTObjective(ABC):
         squares: Tensor = (predicted.float() - target).square()
         return squares
 
-    def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        assert isinstance(averaged, MMDiT)
+    def draw(self, module: nn.Module, texts: SD3TextParts, noise: Tensor) -> Tensor:
+        """See `DenoiserObjective`."""
+        assert isinstance(module, MMDiT)
+        return sample(module, self.sampler(), texts, noise)
 
-        def draw(texts: list[str], generator: torch.Generator) -> Tensor:
-            return sample(averaged, self.encoders, self.sampler(), texts, generator, side=self.stage.area // 8)
+    def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        def draw(prompts: list[str], generator: torch.Generator) -> Tensor:
+            texts = encode_parts(self.encoders, [""] * len(prompts) + prompts)
+            noise = torch.randn(len(prompts), *noise_shape(self.vae, self.stage.area), generator=generator)
+            return self.draw(averaged, texts, noise)
 
         return judge_prompts(draw, self.vae, folder / f"{step:06d}.png")
 
@@ -197,19 +202,16 @@ class EpsilonLinearObjective(MMDiTObjective):
 @torch.no_grad()
 def sample(
     mmdit: MMDiT,
-    encoders: SD3TextEncoders,
     scheduler: Sampler,
-    texts: list[str],
-    generator: torch.Generator,
+    texts: SD3TextParts,
+    noise: Tensor,
     *,
-    side: int,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> Tensor:
-    """Scaled latents [B, C, side, side] for the texts, with classifier-free guidance against the empty text."""
-    text = encode_parts(encoders, [""] * len(texts) + texts).join()
-    noise = torch.randn(len(texts), mmdit.config.in_channels, side, side, generator=generator)
-    latents, text = sent_to(mmdit, noise, text)
+    """Scaled latents [B, C, h, w] from noise of that shape, guided: `texts` are 2B captions', the empty ones' first."""
+    latents, texts = sent_to(mmdit, noise, texts)
+    text = texts.join()
     scheduler.set_timesteps(steps, device=latents.device)
     for timestep in scheduler.timesteps:
         both = torch.cat([latents, latents])

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kolors_fast.data.shapes import HeldOutPrompt, facts, held_out_prompts, judge, render, sample_training
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
-from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.models.chatglm_tokenizer import ChatGLMTokenizer
 from kolors_fast.models.unet import KolorsUNet
 from kolors_fast.schedulers import EulerDiscreteScheduler
@@ -63,7 +62,7 @@ def judge_prompts(
     drawn = []
     for start in range(0, len(prompts), 20):
         latents = draw([one.prompt for one in prompts[start : start + 20]], generator)
-        drawn.append(to_pictures(vae.decode(latents / vae.config.scaling_factor)[0]))
+        drawn.append(decode(vae, latents))
     pictures = np.concatenate(drawn)
     verdicts = [judge(picture, one.request) for picture, one in zip(pictures, prompts, strict=True)]
     write_grid(pictures, path)
@@ -79,32 +78,29 @@ def judge_prompts(
 @torch.no_grad()
 def sample(
     unet: KolorsUNet,
-    text_encoder: ChatGLM,
-    tokenizer: ChatGLMTokenizer,
-    texts: list[str],
-    generator: torch.Generator,
+    texts: tuple[Tensor, Tensor, Tensor],
+    noise: Tensor,
     *,
-    size: tuple[int, int],
     train_steps: int,
     beta_end: float,
+    prediction: str = "epsilon",
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> Tensor:
-    """Scaled latents [B, C, h, w] for the texts, with classifier-free guidance against the empty text."""
+    """Scaled latents [B, C, h, w] from noise of that shape, guided: `texts` are states, key bias and pooled state of 2B
+    captions, the empty ones first. `prediction` is the scheduler's."""
     scheduler = EulerDiscreteScheduler(
         num_train_timesteps=train_steps,
         beta_start=0.00085,
         beta_end=beta_end,
         beta_schedule="scaled_linear",
+        prediction_type=prediction,
         timestep_spacing="leading",
         steps_offset=1,
     )
-    count, side = len(texts), unet.config.in_channels
-    ids, mask = sent_to(text_encoder, *encode(tokenizer, [""] * count + texts))
-    embeds, key_bias, pooled = text_encoder.text_features_collapsed(ids, mask)
-    sizes = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).expand(2 * count, -1)
-    noise = torch.randn(count, side, size[0] // 8, size[1] // 8, generator=generator)
-    noise, sizes = sent_to(unet, noise, sizes)
+    height, width = 8 * noise.shape[2], 8 * noise.shape[3]
+    sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(2 * len(noise), -1)
+    noise, sizes, (embeds, key_bias, pooled) = sent_to(unet, noise, sizes, texts)
     scheduler.set_timesteps(steps, device=noise.device)
     latents = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
@@ -126,6 +122,17 @@ def encode(tokenizer: ChatGLMTokenizer, texts: list[str]) -> tuple[Tensor, Tenso
     """Token ids and mask [B, 256], padded on the left as at inference."""
     batch = tokenizer(texts, padding="max_length", max_length=256)
     return batch["input_ids"], batch["attention_mask"]
+
+
+def noise_shape(vae: AutoencoderKL, side: int) -> tuple[int, int, int]:
+    """C, h, w of the latents of a square picture."""
+    cells = side // 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.config.latent_channels, cells, cells
+
+
+def decode(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
+    """Pictures uint8 [B, H, W, 3] of scaled latents [B, C, h, w]."""
+    return to_pictures(vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0))[0])
 
 
 def to_pictures(pixels: Tensor) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,12 +26,13 @@ from kolors_fast.models.unet import KolorsUNet
 
 from .config import AutoencoderStage, EpsilonStage, LanguageModelStage
 from .devices import sent_to
-from .monitor import encode, judge_prompts, judge_reconstructions, sample, validation_prompts
+from .monitor import encode, judge_prompts, judge_reconstructions, noise_shape, sample, validation_prompts
 from .pool import Bucket, Pool
 from .streams import Streams
 
 Texts = tuple[Tensor, Tensor, Tensor]  # of Kolors' UNet: states, key bias and pooled state
 
+PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction"}  # of a stage, and of a scheduler
 _VALIDATION = 2**31 - 1  # a batch that no step trains on
 
 
@@ -70,6 +70,11 @@ class DenoiserObjective(Objective, Protocol):
             times: [B] in (0, 1), from the picture to the noise.
             noise: [B, C, h, w].
         """
+        ...
+
+    def draw(self, module: nn.Module, texts: Any, noise: Tensor) -> Tensor:
+        """Scaled latents [B, C, h, w] of pictures, guided, from noise of that shape. `texts` is what `Captions.gather`
+        gives of 2B captions, the empty ones first."""
         ...
 
 
@@ -339,17 +344,20 @@ class EpsilonObjective:
         )[0]
         return output
 
+    def draw(self, module: nn.Module, texts: Texts, noise: Tensor) -> Tensor:
+        """See `DenoiserObjective`."""
+        assert isinstance(module, KolorsUNet)
+        prediction, schedule = PREDICTION_TYPES[self.stage.prediction], (self.stage.train_steps, self.stage.beta_end)
+        return sample(module, texts, noise, train_steps=schedule[0], beta_end=schedule[1], prediction=prediction)
+
     def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        assert isinstance(averaged, KolorsUNet)
-        draw = partial(
-            sample,
-            averaged,
-            self.text_encoder,
-            self.tokenizer,
-            size=(self.stage.area, self.stage.area),
-            train_steps=self.stage.train_steps,
-            beta_end=self.stage.beta_end,
-        )
+        @torch.no_grad()
+        def draw(prompts: list[str], generator: torch.Generator) -> Tensor:
+            asked = encode(self.tokenizer, [""] * len(prompts) + prompts)
+            texts = self.text_encoder.text_features_collapsed(*sent_to(self.text_encoder, *asked))
+            noise = torch.randn(len(prompts), *noise_shape(self.vae, self.stage.area), generator=generator)
+            return self.draw(averaged, texts, noise)
+
         return judge_prompts(draw, self.vae, folder / f"{step:06d}.png")
 
 

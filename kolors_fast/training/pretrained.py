@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from kolors_fast.assets import BUNDLED, bundled
 from kolors_fast.models.checkpoint import PretrainedModel, read_json
 from kolors_fast.pipelines.folder import load_components
 from kolors_fast.pipelines.kolors import KolorsPipeline
-from kolors_fast.pipelines.load import load_pipeline, pipeline_class
+from kolors_fast.pipelines.load import pipeline_class
 from kolors_fast.pipelines.pixart import PixArtPipeline
 from kolors_fast.pipelines.sd3 import SD3Pipeline
 
@@ -29,14 +30,13 @@ from .config import (
     RectifiedFlowStage,
     Stage,
 )
-from .devices import device_of
 from .mmdit import RectifiedFlowObjective
-from .monitor import write_grid
+from .monitor import decode, write_grid
 from .objectives import DenoiserObjective, EpsilonObjective, Objective
 from .parallel import World
 from .pixart import TextObjective
 from .pool import Pool
-from .precompute import open_features
+from .precompute import PipelineEncoder, open_features
 from .session import Session
 from .streams import Streams
 
@@ -82,7 +82,8 @@ class PretrainedSession(Session):
         parts = {name: self.kind.parts[name]}
         denoiser = load_components(self.folder, parts, None, None, None, given=no_part).components[name]
         held_out = open_features(stage.validation, self.source) if stage.validation else None
-        return _Drawing(denoiser_objective(denoiser, pool, stage, self._streams(stage), held_out), self, stage)
+        made = denoiser_objective(denoiser, pool, stage, self._streams(stage), held_out)
+        return _Drawing(made, self.source, stage.prompts if self.world.is_main else (), self.world.device)
 
     def _keep(self, stage: Stage, objective: Objective, module: nn.Module) -> None:
         assert isinstance(module, PretrainedModel)
@@ -103,12 +104,19 @@ def denoiser_objective(
 
 
 class _Drawing:
-    """An objective whose monitor draws the stage's prompts by the whole pipeline, each always from the same noise."""
+    """An objective whose monitor draws the stage's prompts, each always from the same noise.
 
-    def __init__(self, objective: DenoiserObjective, session: PretrainedSession, stage: PoolStage) -> None:
-        self.objective, self.session, self.stage = objective, session, stage
-        self.held_out, self.loss_at = objective.held_out, objective.loss_at
-        self.bins = getattr(objective, "bins", None)
+    They are encoded once, before the first step: text encoders need not be there while the denoiser is trained.
+    """
+
+    def __init__(
+        self, objective: DenoiserObjective, source: Path, prompts: Sequence[str], device: torch.device
+    ) -> None:
+        self.objective, self.held_out, self.loss_at = objective, objective.held_out, objective.loss_at
+        self.draw, self.bins, self.count = objective.draw, getattr(objective, "bins", None), len(prompts)
+        if prompts:
+            encoder = PipelineEncoder(source, torch.float16 if device.type == "cuda" else None, device=device)
+            self.vae, self.captions = encoder.vae, encoder.encode_captions(["", *prompts])
 
     @property
     def module(self) -> nn.Module:
@@ -125,17 +133,17 @@ class _Drawing:
     def loss(self, step: int) -> Tensor:
         return self.objective.loss(step)
 
-    def monitor(self, averaged: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        prompts, session = list(self.stage.prompts), self.session
-        if prompts:
-            pipeline: Any = load_pipeline(session.folder, **{session.kind.denoiser_name: averaged})
-            pipeline.set_progress_bar_config(disable=True)
-            noise = [torch.Generator().manual_seed(number) for number in range(len(prompts))]
-            device = device_of(averaged)
-            pipeline.to(device)
-            with torch.autocast(device.type, enabled=False):
-                pictures = pipeline(prompts, num_inference_steps=20, generator=noise).images
-            write_grid(np.stack([np.asarray(picture) for picture in pictures]), folder / f"{step:06d}.png")
+    @torch.no_grad()
+    def monitor(self, averaged: Any, folder: Path, step: int) -> dict[str, float]:
+        pictures, side = [], averaged.config.sample_size
+        for number in range(self.count):
+            generator = torch.Generator().manual_seed(number)
+            noise = torch.randn(1, self.vae.config.latent_channels, side, side, generator=generator)
+            latents = self.draw(averaged, self.captions.gather(torch.tensor([0, number + 1])), noise)
+            with torch.autocast(latents.device.type, enabled=False):
+                pictures.append(decode(self.vae, latents))
+        if pictures:
+            write_grid(np.concatenate(pictures), folder / f"{step:06d}.png")
         return {}
 
 

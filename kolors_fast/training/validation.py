@@ -16,13 +16,13 @@ from kolors_fast.schedulers import FlowMatchEulerDiscreteScheduler, Scheduler
 from .config import EpsilonStage, PoolStage, RectifiedFlowStage
 from .learned_variance import DiffusionProcess
 from .mmdit import TRAIN_STEPS
-from .objectives import DenoiserObjective, EpsilonObjective, validation_loss
+from .objectives import PREDICTION_TYPES, DenoiserObjective, EpsilonObjective, validation_loss
 from .pixart import TextObjective
 from .precompute import open_features
 from .pretrained import STAGES, denoiser_objective
 from .streams import Streams
 
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # of a scheduler, and of a stage
+_PREDICTIONS = {told: name for name, told in PREDICTION_TYPES.items()}
 
 
 def pipeline_validation_loss(

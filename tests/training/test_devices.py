@@ -179,7 +179,7 @@ def test_a_pipeline_that_is_there(tmp_path: Path, model: str) -> None:
         (pictures / f"{number}.txt").write_text("noise")
     sizes = ["--area", "64", "--min", "64", "--limit", "64"]
     assert main(["precompute", str(pictures), "-o", str(features), "--model", model, *sizes]) == 0
-    recipe = test_pretrained.recipe_of(tmp_path, model, features, "lora = {rank = 2}")
+    recipe = test_pretrained.recipe_of(tmp_path, model, features, 'lora = {rank = 2}\nprecision = "fp32"')
     with watched():
         run(recipe, tmp_path / "out", device=str(DEVICE))
     assert (tmp_path / "out" / "style" / "samples" / "000003.png").is_file()

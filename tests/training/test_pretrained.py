@@ -16,8 +16,12 @@ from kolors_fast.assets import bundled
 from kolors_fast.cli import main
 from kolors_fast.models.lora_adapter import load_lora
 from kolors_fast.pipelines.load import load_pipeline
-from kolors_fast.training import run
-from kolors_fast.training.config import RecipeError
+from kolors_fast.schedulers import EulerDiscreteScheduler
+from kolors_fast.training import run, session
+from kolors_fast.training.config import RecipeError, load_recipe
+from kolors_fast.training.lora import narrow_frozen as narrow
+from kolors_fast.training.parallel import World
+from kolors_fast.training.pretrained import PretrainedSession
 
 OBJECTIVES = {"kolors-tiny": "epsilon", "sd3-tiny": "rectified_flow", "pixart-tiny": "learned_variance"}
 RECIPE = """
@@ -99,9 +103,39 @@ def test_all_weights(tmp_path: Path, model: str, features: Path) -> None:
         assert events.Tags()["images"] == ["samples"]
 
 
-def test_an_adapter(tmp_path: Path, model: str, features: Path) -> None:
-    recipe = recipe_of(tmp_path, model, features, 'lora = {rank = 4}\nprecision = "fp16"\nactivations = "selective"')
+def test_the_monitor_draws_as_the_pipeline_does(tmp_path: Path, model: str, features: Path) -> None:
+    for predicted in ("epsilon", "v_prediction") if model == "kolors-tiny" else ("epsilon",):
+        more = 'prediction = "v"' if predicted == "v_prediction" else ""
+        recipe: Any = load_recipe(recipe_of(tmp_path, model, features, more))
+        objective = PretrainedSession(recipe, tmp_path / "out", World())._objective(recipe.stages[0], tmp_path)
+        objective.monitor(objective.module.eval(), tmp_path, 0)
+        pipeline, own = load_pipeline(model), {}
+        if predicted == "v_prediction":
+            pipeline.scheduler = EulerDiscreteScheduler.from_config(
+                pipeline.scheduler.config, prediction_type=predicted
+            )
+        if model == "pixart-tiny":
+            own["clean_caption"] = False
+        noise = [torch.Generator().manual_seed(number) for number in range(2)]
+        steps, guidance = {"kolors-tiny": (20, 5.0), "sd3-tiny": (25, 5.0), "pixart-tiny": (20, 4.5)}[model]
+        images = pipeline(
+            list(recipe.stages[0].prompts), num_inference_steps=steps, guidance_scale=guidance, generator=noise, **own
+        ).images
+        drawn = np.asarray(Image.open(tmp_path / "000000.png")).astype(int)
+        found = np.abs(drawn[:, : 2 * images[0].width] - np.concatenate([np.asarray(one) for one in images], axis=1))
+        assert np.quantile(found, 0.99) <= 2 and found.mean() < 0.3  # features are kept in half precision
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_adapter(
+    tmp_path: Path, model: str, features: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = f'lora = {{rank = 4}}\nprecision = "{precision}"\nactivations = "selective"'
+    recipe = recipe_of(tmp_path, model, features, more)
+    narrowed: list[torch.dtype] = []
+    monkeypatch.setattr(session, "narrow_frozen", lambda module, dtype: narrowed.append(dtype) or narrow(module, dtype))
     run(recipe, tmp_path / "out")
+    assert narrowed == ([torch.bfloat16] if precision == "bf16" else [])  # the branches' halves are not autocast's
     pipeline = load_pipeline(tmp_path / "out" / "pipeline")
     assert torch.equal(weights(pipeline), weights(load_pipeline(model)))
     count = len(list(pipeline.denoiser.parameters()))
