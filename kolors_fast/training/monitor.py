@@ -143,6 +143,7 @@ def to_pictures(pixels: Tensor) -> np.ndarray:
 
 def write_grid(pictures: np.ndarray, path: Path, columns: int = 8) -> None:
     """Pictures [B, H, W, 3] in rows, as one PNG."""
+    columns = min(columns, len(pictures))
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     sheet = np.full((len(rows) * pictures.shape[1], columns * pictures.shape[2], 3), 255, np.uint8)
     for i, row in enumerate(rows):
