@@ -181,8 +181,9 @@ class World:
         once its `finish` is called."""
         if self.size == 1 or self.sharded:
             return objective.loss
-        # the dead query projection of an MM-DiT's last block gets no gradient in any step
-        parallel = DistributedDataParallel(_Losses(objective), static_graph=True)
+        # the dead query projection of an MM-DiT's last block gets no gradient in any step; and gradients lie where they
+        # are reduced, or there would be two of each
+        parallel = DistributedDataParallel(_Losses(objective), static_graph=True, gradient_as_bucket_view=True)
         if isinstance(compression, BucketPowerSGD):
             parallel.register_comm_hook(compression.state_of_torch, compression.hook)
         return parallel

@@ -50,6 +50,10 @@ def train_all(rank: int, size: int, folder: Path) -> dict[str, Any]:
         if size == 2:
             one = trainer(folder, "rectified_flow", world, accumulate=2)
             found[f"{engine}, in parts", "rectified_flow"] = steps_of(one, STEPS), whole_average(one)
+        if engine == "ddp":
+            one.loss(one.step).backward()
+            gradients = [p.grad for p in one.module.parameters() if p.grad is not None]
+            assert len({grad.untyped_storage().data_ptr() for grad in gradients}) == 1 < len(gradients)  # the bucket's
     return found
 
 
