@@ -186,4 +186,5 @@ def encode_scenes(vae: AutoencoderKL, scenes: list[Scene], height: int, width: i
     """Scaled latents (posterior means) of scenes: [B, C, h, w]."""
     pictures = np.stack([render(scene, height, width) for scene in scenes])
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return vae.encode(pixels.to(vae.device))[0].mode().float().cpu() * vae.config.scaling_factor
+    means = vae.encode(pixels.to(vae.device))[0].mode().float().cpu()
+    return (means - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

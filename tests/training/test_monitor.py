@@ -7,13 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from kolors_fast.data.shapes import held_out_prompts
+from kolors_fast.data.shapes import held_out_prompts, render, sample_training
 from kolors_fast.data.shapes.scene import REQUEST_PARTS, request_parts
 from kolors_fast.data.shapes.split import CATEGORIES
 from kolors_fast.models.chatglm import ChatGLM
 from kolors_fast.training.config import LanguageModelStage, TokenizerRecipe
-from kolors_fast.training.monitor import judge_reconstructions, validation_prompts
+from kolors_fast.training.monitor import decode, judge_reconstructions, validation_prompts
 from kolors_fast.training.objectives import CaptionReader, LanguageModelObjective
+from kolors_fast.training.pool import encode_scenes
 from kolors_fast.training.streams import Streams
 from kolors_fast.training.tokenizer import train_tokenizer
 
@@ -38,6 +39,16 @@ def test_reconstructions_are_judged_at_the_asked_size(tmp_path):
     assert vae.seen[2:] == (96, 160)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (8 * 160, 2 * 96)
+
+
+def test_what_a_pool_encodes_the_monitor_decodes():
+    """With the autoencoder's shift, which SD3's has."""
+    vae, scene = Exact(), sample_training(np.random.default_rng(0))[0]
+    vae.config = SimpleNamespace(scaling_factor=1.5, shift_factor=0.25)
+    pixels = torch.from_numpy(render(scene, 64, 96)).permute(2, 0, 1)[None] / 127.5 - 1
+    latents = encode_scenes(vae, [scene], 64, 96)
+    torch.testing.assert_close(latents, 1.5 * (pixels - 0.25))
+    assert (decode(vae, latents) == render(scene, 64, 96)).all()
 
 
 def test_lost_objects_are_not_read_right(tmp_path):
