@@ -35,7 +35,7 @@ from .report import write_report
 from .streams import Streams
 from .update import LossScale, clipped_step
 
-REPORT_EVERY = 100
+PATIENCE = 100  # updates that may be skipped in a row
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by a stage's `autocast`
 
 
@@ -87,6 +87,7 @@ class Trainer:
         )
         self.step = 0
         self.skipped = torch.zeros((), device=self.world.device)  # updates, for gradients that were not finite
+        self.idle = 0  # updates skipped in a row, as far as it was reported
         self.log: Log | None = None  # of the main process, while it runs
 
     def run(self) -> nn.Module:
@@ -100,12 +101,13 @@ class Trainer:
         self._resume()
         self.log = Log(self.folder, self.step) if self.world.is_main else None
         losses: list[Tensor] = []
+        report_every = max(10, min(100, self.stage.steps // 30))  # of a short run, too, a curve shall be seen
         started, skipped = time.time(), self.skipped.clone()
         with self._bar() as bar, _Interrupts(self.world.is_main) as interrupts, _no_old_garbage():
             while self.step < self.stage.steps:
                 losses.append(self.train_step())
                 bar.update()
-                if self.step % REPORT_EVERY == 0 or self.step == self.stage.steps:
+                if self.step % report_every == 0 or self.step == self.stage.steps:
                     self._report(losses, float(self.skipped - skipped), (time.time() - started) / len(losses), bar)
                     losses, started, skipped = [], time.time(), self.skipped.clone()
                 saved = self.step % self.stage.checkpoint_every == 0 or self.step == self.stage.steps
@@ -246,14 +248,15 @@ class Trainer:
     def _report(self, losses: list[Tensor], skipped: float, seconds: float, bar: Any) -> None:
         """Figures since the last report; here the loss is looked at for the first time, which waits for the device."""
         loss = float(self.world.mean(torch.stack(losses).mean()))
-        if skipped == len(losses) or loss != loss:
+        self.idle = self.idle + len(losses) if skipped == len(losses) else 0
+        if loss != loss or self.idle >= PATIENCE or (self.idle > 0 and self.step == self.stage.steps):
             raise TrainingStateError(
                 f"stage '{self.stage.name}', step {self.step}: expected finite losses and gradients, got loss {loss} "
-                f"and {skipped:.0f} of {len(losses)} updates skipped"
+                f"and {self.idle} updates in a row that were skipped"
             )
         rate = self.stage.batch / seconds
         bar.set_postfix(loss=f"{loss:.4f}", images=f"{rate:.3g}/s")
-        figures = {"loss": loss, "learning rate": self.learning_rate(), "seconds per step": seconds}
+        figures = {"loss": loss, "learning rate": self.optimizer.param_groups[0]["lr"], "seconds per step": seconds}
         bins: TimestepBins | None = getattr(self.objective, "bins", None)
         if bins is not None:
             bins.all_reduce()

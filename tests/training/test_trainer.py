@@ -3,6 +3,7 @@
 import gc
 import json
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from kolors_fast.data.shapes.scene import REQUEST_PARTS
 from kolors_fast.models.autoencoder_kl import AutoencoderKL
 from kolors_fast.models.chatglm import ChatGLM
+from kolors_fast.training.checkpoint import TrainingStateError
 from kolors_fast.training.config import AutoencoderStage, LanguageModelStage, RecipeError, TokenizerRecipe
 from kolors_fast.training.log import Log
 from kolors_fast.training.objectives import AutoencoderObjective, LanguageModelObjective
@@ -88,7 +90,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, precision):
     assert torch.equal(weights(again), weights(averaged))
     assert torch.equal(weights(resumed.module), weights(whole.module))
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
-    assert steps == [12, 12]  # the loss, the monitor
+    assert steps == [10, 12, 12]  # the loss, the monitor
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path):
@@ -115,6 +117,34 @@ def test_log_forgets_what_is_done_again(tmp_path):
         events.Reload()
         shown = [(event.step, event.value) for event in events.Scalars("loss")]
         assert shown == [(100, pytest.approx(100 / 7)), (200, pytest.approx(200 / 7)), (300, 1.0)]
+
+
+def test_updates_may_be_skipped_for_a_while(tmp_path):
+    """As a gradient scale needs that begins too high; but not without end."""
+
+    def until(step):
+        stage, objective = tiny.make("epsilon", steps=400)
+        objective.loss = partial(_infinite_gradients, objective.loss, step)
+        one = Trainer(stage, objective, tmp_path / str(step))
+        one.run()
+        return one
+
+    one = until(60)
+    assert float(one.skipped) == 60
+    lines = [json.loads(line) for line in (tmp_path / "60" / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "learning rate" in line]
+    assert [line["step"] for line in lines] == [*range(13, 400, 13), 400]  # 31 points of a curve
+    assert [line["skipped updates"] for line in lines[:6]] == [13, 13, 13, 13, 8, 0]
+    assert lines[-1]["learning rate"] == pytest.approx(1e-3 / 4)  # of the last update: decay = 4
+    with pytest.raises(TrainingStateError, match=r"step 104: .* and 104 updates in a row that were skipped"):
+        until(1000)
+
+
+def _infinite_gradients(loss, last, step):
+    found = loss(step)
+    if step < last:
+        found.register_hook(lambda grad: grad * float("inf"))
+    return found
 
 
 def test_learning_rate_schedule(tmp_path):
