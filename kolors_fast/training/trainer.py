@@ -110,11 +110,13 @@ class Trainer:
                 if self.step % report_every == 0 or self.step == self.stage.steps:
                     self._report(losses, float(self.skipped - skipped), (time.time() - started) / len(losses), bar)
                     losses, started, skipped = [], time.time(), self.skipped.clone()
+                paused = time.time()
                 saved = self.step % self.stage.checkpoint_every == 0 or self.step == self.stage.steps
                 if saved:
                     self._save_or_tell()
                 if self.step % self.stage.monitor_every == 0 or self.step == self.stage.steps:
                     self._monitor()
+                started += time.time() - paused  # what is reported are steps
                 if self.step < self.stage.steps and self.world.any(interrupts.seen):
                     where = self.folder / checkpoints.FOLDER if saved else self.save()
                     told = f"step {self.step} of '{self.stage.name}' is in {where}; the same command continues"

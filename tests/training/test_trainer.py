@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,6 +118,29 @@ def test_log_forgets_what_is_done_again(tmp_path):
         events.Reload()
         shown = [(event.step, event.value) for event in events.Scalars("loss")]
         assert shown == [(100, pytest.approx(100 / 7)), (200, pytest.approx(200 / 7)), (300, 1.0)]
+
+
+def test_the_time_of_a_step_is_without_what_lies_between_steps(tmp_path, monkeypatch):
+    """By a clock that a step moves by one second, and a look at the average by a thousand."""
+    now, step = [0.0], Trainer.train_step
+
+    def train_step(one):
+        now[0] += 1
+        return step(one)
+
+    class Looking(tiny.Epsilon):
+        def monitor(self, averaged, folder, step):
+            now[0] += 1000
+            return {}
+
+    stage, objective = tiny.make("epsilon", monitor_every=4)
+    objective.__class__ = Looking
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        patch.setattr("kolors_fast.training.trainer.time", SimpleNamespace(time=lambda: now[0]))
+        Trainer(stage, objective, tmp_path).run()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["seconds per step"] for line in lines if "seconds per step" in line] == [1.0, 1.0]
 
 
 def test_updates_may_be_skipped_for_a_while(tmp_path):
